@@ -1,0 +1,225 @@
+"""Every setting of a run, in one place: strict sections, named presets, and how files and the command line change them."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lingshu_cell.errors import LingshuError, offenders
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """What is read from the AnnData files and how cells are split."""
+
+    layer: str | None = Field(None, description="Layer with raw counts; X when not given.")
+    condition_keys: tuple[str, ...] = Field((), description="obs columns the model is conditioned on, e.g. cell_type.")
+    min_cells_per_gene: int = Field(
+        3, ge=0, description="Genes detected in fewer training cells are drawn from their frequency, not modelled."
+    )
+    min_coverage: float = Field(0.5, ge=0, le=1, description="Least share of the gene list every data set must cover.")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="Share of cells held out for the validation NELBO.")
+    split_seed: int = Field(0, ge=0, description="Seed of the training / validation split.")
+
+
+class TransformerConfig(_Section):
+    """The paper's network: shared token embedding, groups of genes, bidirectional transformer, softmax head."""
+
+    kind: Literal["transformer"] = "transformer"
+    width: int = Field(640, ge=8, description="Width D of every token.")
+    n_blocks: int = Field(13, ge=1, description="Transformer blocks.")
+    n_heads: int = Field(10, ge=1, description="Attention heads; width / n_heads is even.")
+    feedforward_width: int = Field(2560, ge=8, description="Hidden width of SwiGLU.")
+    genes_per_group: int = Field(8, ge=1, description="S: genes flattened into one transformer token.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TransformerConfig":
+        if self.width % (2 * self.n_heads):
+            raise ValueError(f"width ({self.width}) must be a multiple of 2 x n_heads ({self.n_heads})")
+        return self
+
+
+class SetConfig(_Section):
+    """Our network: the visible genes are summed as a set, a residual trunk reads the sum, a gate-and-values head answers."""
+
+    kind: Literal["set"] = "set"
+    gene_width: int = Field(128, ge=4, description="Width E of each gene's input and output weights.")
+    width: int = Field(512, ge=8, description="Width D of the trunk.")
+    n_blocks: int = Field(3, ge=1, description="Residual SwiGLU blocks of the trunk.")
+    feedforward_width: int = Field(1024, ge=8, description="Hidden width of SwiGLU.")
+    value_width: int = Field(32, ge=4, description="Width of the bilinear form behind the value logits.")
+    n_small_values: int = Field(16, ge=2, le=99, description="K: counts 1..K-1 have per-gene logits, K and more share a tail.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of each block.")
+
+
+class TrainingConfig(_Section):
+    """Optimiser, schedule and bookkeeping of one training run."""
+
+    steps: int = Field(1_500, ge=1, description="Optimiser steps.")
+    minibatch_size: int = Field(128, ge=1, description="Cells per optimiser step.")
+    peak_learning_rate: float = Field(2e-3, gt=0, description="Learning rate after warm-up.")
+    final_learning_rate: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
+    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW weight decay on matrices.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    ema_sigma_rel: tuple[float, float] = Field((0.05, 0.10), description="Relative widths of the two power-function EMAs.")
+    ema_every: int = Field(1, ge=1, description="Steps between two updates of the EMAs.")
+    masking: Literal["uniform", "log-uniform"] = Field(
+        "log-uniform", description="Law of the visible share: uniform (paper), or half uniform, half log-uniform."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = autocast of the trunk; heads stay in fp32.")
+    condition_dropout: float = Field(0.1, ge=0, le=1, description="Share of cells trained without their conditions.")
+    validate_every: int = Field(250, ge=1, description="Steps between two validation passes.")
+    checkpoint_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of initialisation, minibatches and masks.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events beside history.csv.")
+
+
+class GenerationConfig(_Section):
+    """How cells are generated from a trained run."""
+
+    steps: int = Field(64, ge=1, description="Network evaluations per cell.")
+    schedule: Literal["geometric", "cosine", "uniform"] = Field("geometric", description="How many genes each step reveals.")
+    minibatch_size: int = Field(256, ge=1, description="Cells held in memory at once, rounded up to whole tiles.")
+    tile_size: int = Field(64, ge=2, description="Rows of every network call; part of what determines a cell's rounding.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the run; cell i uses (seed, i).")
+
+
+class Config(_Section):
+    """A whole run: data, network, training, generation."""
+
+    preset: str = "small"
+    data: DataConfig = DataConfig()
+    network: TransformerConfig | SetConfig = Field(SetConfig(), discriminator="kind")
+    training: TrainingConfig = TrainingConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+
+def _paper(genes_per_group: int) -> dict[str, Any]:
+    return {
+        "network": {"kind": "transformer", "genes_per_group": genes_per_group},
+        "training": {
+            "steps": 550_000,
+            "minibatch_size": 256,
+            "peak_learning_rate": 2e-4,
+            "final_learning_rate": 2e-5,
+            "warmup_steps": 100,
+            "weight_decay": 0.1,
+            "masking": "uniform",
+            "precision": "bf16",
+            "condition_dropout": 0.0,
+            "validate_every": 1_000,
+            "checkpoint_every": 1_000,
+        },
+        "generation": {"steps": 256, "schedule": "cosine", "minibatch_size": 64},
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": _paper(8), "paper-s32": _paper(32)}
+"""What each preset changes from the defaults: ``small`` is the defaults; the ``paper`` presets are the preprint's."""
+
+
+def load_config(
+    preset: str = "small", file: Path | None = None, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """Build a configuration from a preset, then a TOML file, then ``section.key=value`` settings, the later winning.
+
+    Parameters
+    ----------
+    preset
+        One of ``small``, ``paper``, ``paper-s32``.
+    file
+        TOML file with the sections ``data``, ``network``, ``training``, ``generation``.
+    settings
+        Strings like ``training.steps=200``; the value is read as TOML, and as plain text where it is no TOML.
+    overrides
+        Nested mapping with the last word, for callers in Python.
+
+    Raises
+    ------
+    LingshuError
+        On an unknown preset, section or key, a value of the wrong type or outside its range, or an unreadable file.
+    """
+    if preset not in PRESETS:
+        raise LingshuError("The preset must exist", f"'{preset}'", f"Choose one of {', '.join(PRESETS)}")
+    values: dict[str, Any] = {"preset": preset}
+    for layer in (PRESETS[preset], _read_toml(file) if file else {}, _parse_settings(settings), overrides or {}):
+        values = _merge(values, layer)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _as_user_error(error, values) from None
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    if "network" in merged and isinstance(merged["network"], Mapping) and "kind" not in merged["network"]:
+        merged["network"] = {"kind": "set", **merged["network"]}
+    return merged
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise LingshuError("The configuration must be a readable TOML file", f"{file}: {error}", "Mend the file") from None
+
+
+def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        path = name.strip().split(".")
+        if not separator or len(path) != 2 or not all(path):
+            raise LingshuError(
+                "A setting must read section.key=value", f"'{setting}'", "Write for example --set training.steps=200"
+            )
+        values.setdefault(path[0], {})[path[1]] = _parse_value(text.strip())
+    return values
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _as_user_error(error: ValidationError, values: Mapping[str, Any]) -> LingshuError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("set", "transformer"))
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        return LingshuError("Every setting must be known", f"'{where}'", f"Known here: {', '.join(known)}")
+    found = f"{where} = {first['input']!r}: {first['msg']}"
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return LingshuError("Every setting must have a valid value", found + more, "See lingshu train --help or docs/config.md")
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[_Section]] = {
+        "data": DataConfig,
+        "set": SetConfig,
+        "transformer": TransformerConfig,
+        "training": TrainingConfig,
+        "generation": GenerationConfig,
+    }
+    for part in reversed(path):
+        if part in sections:
+            return list(sections[str(part)].model_fields)
+    return list(Config.model_fields)
+
+
+def describe_presets() -> str:
+    """Name the presets for a help text."""
+    return offenders(PRESETS)

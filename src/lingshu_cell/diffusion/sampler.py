@@ -1,0 +1,66 @@
+"""The reverse process: from all genes hidden to a whole cell, in as many network evaluations as the grid has steps.
+
+Shapes: B cells, G genes, C conditions, M positions revealed in one step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lingshu_cell.diffusion.randomness import CellNoise
+from lingshu_cell.network.distribution import Denoise, Positions
+from lingshu_cell.tokens import MASK_TOKEN
+
+
+@torch.no_grad()
+def sample_cells(
+    denoise: Denoise, start_BG: Tensor, condition_BC: Tensor, noise: CellNoise, visible_counts: Sequence[int]
+) -> Tensor:
+    """Reveal the hidden genes step by step (paper, section 2.5).
+
+    How many genes each step reveals is fixed beforehand; which genes is uniformly random and chosen before any value is drawn;
+    values come from the plain categorical; a gene that is visible never changes.
+
+    Parameters
+    ----------
+    denoise
+        The denoising function, guided or not.
+    start_BG
+        Tokens to start from: ``MASK_TOKEN`` everywhere, or with genes given by the user or a prior already visible.
+    condition_BC
+        Categories of the condition fields.
+    noise
+        The cells' random numbers.
+    visible_counts
+        Grid 0 = n_0 < … < n_N = G for a cell with all genes hidden; where genes are given, it is scaled to the hidden ones.
+
+    Returns
+    -------
+    Tensor
+        ``x_0_BG``, whole cells: expression tokens 0 … 280 without ``MASK_TOKEN``.
+    """
+    n_genes = start_BG.shape[1]
+    hidden_BG = start_BG == MASK_TOKEN
+    n_hidden_B1 = hidden_BG.sum(1, keepdim=True)
+    rank_BG = _reveal_ranks(noise.order_BG, hidden_BG)
+    edges = torch.as_tensor(visible_counts, device=start_BG.device, dtype=torch.float64) / n_genes
+    edges_NB1 = torch.round(edges[:, None, None] * n_hidden_B1).long()
+    x_BG = start_BG.clone()
+    for low_B1, high_B1 in zip(edges_NB1[:-1], edges_NB1[1:], strict=True):
+        positions = Positions.where((rank_BG >= low_B1) & (rank_BG < high_B1))
+        if len(positions) == 0:
+            continue
+        uniform_M2 = noise.uniform_BG2[positions.cell_M, positions.gene_M]
+        tokens_M = denoise(x_BG, condition_BC).draw(positions, uniform_M2)
+        x_BG[positions.cell_M, positions.gene_M] = tokens_M.to(x_BG.dtype)
+    return x_BG
+
+
+def _reveal_ranks(order_BG: Tensor, hidden_BG: Tensor) -> Tensor:
+    """Rank of each hidden gene among its cell's hidden genes, 0 first; visible genes get G, which no step reaches."""
+    order_BG = torch.where(hidden_BG, order_BG, 2.0)
+    by_order_BG = torch.argsort(order_BG, dim=1, stable=True)
+    rank_BG = torch.empty_like(by_order_BG)
+    rank_BG.scatter_(1, by_order_BG, torch.arange(order_BG.shape[1], device=order_BG.device).expand_as(by_order_BG))
+    return torch.where(hidden_BG, rank_BG, order_BG.shape[1])

@@ -1,0 +1,1 @@
+"""Judgements of generated cells against real cells: pure functions of arrays, independent of any model."""

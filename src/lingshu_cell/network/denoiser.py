@@ -1,0 +1,42 @@
+"""Build the denoiser a configuration asks for."""
+
+import torch
+from torch import Tensor, nn
+
+from lingshu_cell.config import SetConfig, TransformerConfig
+from lingshu_cell.network.set_denoiser import SetDenoiser
+from lingshu_cell.network.transformer_denoiser import TransformerDenoiser
+
+
+def build_denoiser(
+    config: TransformerConfig | SetConfig,
+    n_genes: int,
+    condition_sizes: tuple[int, ...],
+    count_of_token: Tensor,
+    seed: int,
+) -> nn.Module:
+    """Make a denoiser with fresh weights.
+
+    Parameters
+    ----------
+    config
+        The ``network`` section of a configuration; its kind decides which denoiser.
+    n_genes
+        Length of the gene list.
+    condition_sizes
+        Number of indices of each condition field, unknown included, in order.
+    count_of_token
+        Expected count of each expression token, shape 281.
+    seed
+        Seed of the gene permutation and the initial weights.
+
+    Returns
+    -------
+    nn.Module
+        Called as ``denoiser(x_t_BG, condition_BC) -> CountDistribution``.
+    """
+    sizes = config.model_dump(exclude={"kind"})
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(config, TransformerConfig):
+        return TransformerDenoiser(n_genes, condition_sizes, **sizes, generator=generator)
+    return SetDenoiser(n_genes, condition_sizes, count_of_token, **sizes, generator=generator)

@@ -1,0 +1,390 @@
+"""Train a denoiser on whole cells: from count files to a run folder, resumable bit for bit.
+
+Shapes: B cells, G genes, C condition fields.
+"""
+
+import contextlib
+import math
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lingshu_cell.checkpoint import load_checkpoint, save_checkpoint
+from lingshu_cell.config import Config, TrainingConfig
+from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.data.tokenizer import token_midpoints
+from lingshu_cell.data.training_set import TrainingSet, assemble, minibatch_cells
+from lingshu_cell.diffusion.loss import nelbo_estimate, validation_nelbo
+from lingshu_cell.diffusion.noising import MaskLaw
+from lingshu_cell.ema import PowerEma
+from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.history import History, lock_run
+from lingshu_cell.network.denoiser import build_denoiser
+
+LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
+_VALIDATION_CELLS = 512
+_VALIDATION_MASKS = 4
+_DIVERGED = 3.0  # times the first loss
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress bar shows after an optimiser step: loss in nats per cell, speed, seconds left."""
+
+    step: int
+    steps: int
+    loss: float
+    validation_nelbo: float | None
+    cells_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished (or interrupted) run reports."""
+
+    run: Path
+    step: int
+    validation_nelbo: float | None
+    interrupted: bool
+    notes: tuple[str, ...]
+
+
+def train(
+    sources: Sequence[Path | str | ad.AnnData],
+    out: Path | str,
+    config: Config,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> TrainingResult:
+    """Train a model on one or several data sets and write it to a run folder.
+
+    Parameters
+    ----------
+    sources
+        h5ad files (or AnnData objects) of raw counts.
+    out
+        Run folder; new, or with ``resume`` one that an interrupted run left.
+    config
+        All settings.
+    resume
+        Go on from the newest checkpoint; on CPU the result is bit for bit that of an undisturbed run.
+    on_progress
+        Called after every optimiser step.
+    on_note
+        Called with what a user should read: genes not modelled, coverage, device.
+
+    Returns
+    -------
+    TrainingResult
+        ``interrupted`` is true when Ctrl-C or SIGTERM ended the run early; everything up to there is saved.
+
+    Raises
+    ------
+    LingshuError
+        For unusable data or settings, an output that exists, or a loss that is no longer finite.
+    """
+    run = Path(out).expanduser()
+    _check_output(run, resume)
+    data_sets = [read_counts(source, config.data.layer, config.data.condition_keys) for source in sources]
+    cells = assemble(data_sets, **config.data.model_dump(exclude={"layer"}))
+    for note in cells.notes:
+        on_note(note)
+    with lock_run(run):
+        return _Trainer(run, config, cells, resume).run_all(on_progress, on_note)
+
+
+class _Trainer:
+    """The state of one run: weights, averages, optimiser, step."""
+
+    def __init__(self, run: Path, config: Config, cells: TrainingSet, resume: bool) -> None:
+        self.run, self.config, self.cells = run, config, cells
+        self.settings = settings = config.training
+        self.device = pick_device(settings.device)
+        midpoints = torch.from_numpy(token_midpoints())
+        network = build_denoiser(config.network, len(cells.modelled), cells.conditions.sizes, midpoints, settings.seed)
+        if hasattr(network, "start_at_frequencies") and not resume:
+            network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
+        self.network = network.to(self.device)
+        self.parameters = dict(self.network.named_parameters())
+        self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]
+        self.optimiser = _optimiser(self.parameters, settings)
+        self.law = MaskLaw(0.5 if settings.masking == "log-uniform" else 0.0)
+        self.step = self.saved_step = 0
+        self.best_known: float | None = None
+        self.first_loss: float | None = None
+        if resume:
+            self._restore()
+        self.history = History(run, self.step, settings.tensorboard)
+
+    def run_all(self, on_progress: Callable[[Progress], None], on_note: Callable[[str], None]) -> TrainingResult:
+        """Train to the last step, or until asked to stop."""
+        settings = self.settings
+        n_parameters = sum(p.numel() for p in self.parameters.values())
+        on_note(f"{self.config.preset}: {n_parameters / 1e6:.1f} M parameters on {self.device}, {len(self.cells.train):,} cells")
+        (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
+        started, first_step, smooth = time.monotonic(), self.step, None
+        with _stop_signals() as stop_asked, contextlib.closing(self.history):
+            while self.step < settings.steps and not stop_asked():
+                loss, gradient_norm = self._optimise()
+                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+                seconds = time.monotonic() - started
+                if self.step % settings.validate_every == 0 or self.step == settings.steps:
+                    self._validate(smooth, gradient_norm, seconds)
+                if self.step % settings.checkpoint_every == 0:
+                    self._save()
+                speed = (self.step - first_step) / max(seconds, 1e-9)
+                left = (settings.steps - self.step) / speed
+                on_progress(
+                    Progress(self.step, settings.steps, smooth, self.best_known, speed * settings.minibatch_size, left)
+                )
+            if self.step != self.saved_step or self.step == 0:
+                self._save()
+        return TrainingResult(self.run, self.step, self.best_known, self.step < settings.steps, self.cells.notes)
+
+    def _optimise(self) -> tuple[float, float]:
+        """One optimiser step; gives the loss in nats per cell and the gradient norm."""
+        settings, cells = self.settings, self.cells
+        chosen = minibatch_cells(cells.train, settings.minibatch_size, self.step, settings.seed)
+        generator = torch.Generator(self.device).manual_seed(_step_seed(settings.seed, self.step))
+        torch.manual_seed(_step_seed(settings.seed, self.step))  # dropout draws from the global state
+        x_0_BG, condition_BC = self._on_device(chosen)
+        known_B1 = torch.rand(len(chosen), 1, generator=generator, device=self.device) >= settings.condition_dropout
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, settings)
+        self.network.train()
+        with self._autocast():
+            nelbo_B = nelbo_estimate(self.network, x_0_BG, condition_BC * known_B1, self.law, generator)
+        loss = nelbo_B.mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        (loss / x_0_BG.shape[1]).backward()  # nats per gene: gradients do not grow with the gene list
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip_norm)
+        value = loss.item()
+        self._check_finite(value, float(norm))
+        self.optimiser.step()
+        self.step += 1
+        if self.step % settings.ema_every == 0:
+            for average in self.averages:
+                average.update(self.parameters, self.step, settings.ema_every)
+        return value, float(norm)
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if math.isfinite(loss) and math.isfinite(norm) and loss < _DIVERGED * max(self.first_loss, 1.0):
+            return
+        raise LingshuError(
+            "Training must stay finite",
+            f"at step {self.step + 1} the loss is {loss:.4g} nats per cell and the gradient norm {norm:.4g}",
+            f"The checkpoint of step {self.saved_step} is whole; lower training.peak_learning_rate and start again",
+        )
+
+    @torch.no_grad()
+    def _validate(self, smooth_loss: float, gradient_norm: float, seconds: float) -> None:
+        """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
+        nelbo = None
+        if len(self.cells.validation):
+            nelbo = float(np.mean(self._validation_nelbo()))
+            self.best_known = nelbo
+        g = len(self.cells.modelled)
+        self.history.add(
+            step=self.step,
+            loss=smooth_loss,
+            validation_nelbo=nelbo,
+            bits_per_gene=None if nelbo is None else nelbo / g / math.log(2),
+            learning_rate=learning_rate(self.step - 1, self.settings),
+            gradient_norm=gradient_norm,
+            seconds=seconds,
+        )
+
+    def _validation_nelbo(self) -> list[float]:
+        swap_in = {name: p.detach().clone() for name, p in self.parameters.items()}
+        _copy(self.averages[0].weights, self.parameters)
+        self.network.eval()
+        generator = torch.Generator(self.device).manual_seed(0)
+        nelbo: list[float] = []
+        held_out = self.cells.validation[:_VALIDATION_CELLS]
+        for piece in np.array_split(held_out, -(-len(held_out) // self.settings.minibatch_size)):
+            x_0_BG, condition_BC = self._on_device(piece)
+            with self._autocast():
+                nelbo += validation_nelbo(self.network, x_0_BG, condition_BC, generator, _VALIDATION_MASKS).tolist()
+        _copy(swap_in, self.parameters)
+        return nelbo
+
+    def _on_device(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
+        x_0_BG = torch.from_numpy(self.cells.dense_tokens(cells)).to(self.device)
+        return x_0_BG, torch.from_numpy(self.cells.condition_NC[cells]).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def _save(self) -> None:
+        buffers = {name: b for name, b in self.network.state_dict().items() if name not in self.parameters}
+        rows, row_counts = self.cells.condition_frequencies()
+        rare = self.cells.rare
+        tensors = {
+            "weights": self.parameters,
+            "buffers": buffers or {"none": torch.zeros(0)},
+            **{f"ema_{ema.sigma_rel:.2f}": ema.weights for ema in self.averages},
+            "optimizer": _optimiser_tensors(self.optimiser, self.parameters),
+            "data": {
+                "modelled": torch.from_numpy(self.cells.modelled),
+                "rare_gene": torch.from_numpy(rare.gene),
+                "rare_count": torch.from_numpy(rare.count),
+                "condition_rows": torch.from_numpy(rows),
+                "condition_row_counts": torch.from_numpy(row_counts),
+            },
+        }
+        save_checkpoint(self.run, self.step, tensors, self._manifest())
+        self.saved_step = self.step
+
+    def _manifest(self) -> dict[str, Any]:
+        cells = self.cells
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "genes": cells.vocabulary.to_json(),
+            "n_modelled_genes": len(cells.modelled),
+            "conditions": cells.conditions.to_json(),
+            "n_training_cells": len(cells.train),
+            "n_validation_cells": len(cells.validation),
+            "data_fingerprints": list(cells.fingerprints),
+            "notes": list(cells.notes),
+            "step": self.step,
+            "first_loss": self.first_loss,
+            "validation_nelbo_nats_per_cell": self.best_known,
+            "n_parameters": sum(p.numel() for p in self.parameters.values()),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("lingshu-cell", "torch", "numpy", "anndata")},
+            "licence": LICENCE,
+        }
+
+    def _restore(self) -> None:
+        checkpoint = load_checkpoint(self.run)
+        manifest = checkpoint.manifest
+        _check_same(manifest, self._manifest())
+        _copy(checkpoint.tensors("weights"), self.parameters)
+        self.network.load_state_dict(checkpoint.tensors("buffers"), strict=False)
+        for average in self.averages:
+            _copy(checkpoint.tensors(f"ema_{average.sigma_rel:.2f}"), average.weights)
+        _restore_optimiser(self.optimiser, self.parameters, checkpoint.tensors("optimizer"))
+        self.step = self.saved_step = checkpoint.step
+        self.best_known = manifest["validation_nelbo_nats_per_cell"]
+        self.first_loss = manifest["first_loss"]
+
+
+def learning_rate(step: int, settings: TrainingConfig) -> float:
+    """Learning rate of optimiser step 0, 1, …: linear warm-up, then a cosine from the peak to the final rate."""
+    if step < settings.warmup_steps:
+        return settings.peak_learning_rate * (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    cosine = (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    return settings.final_learning_rate + (settings.peak_learning_rate - settings.final_learning_rate) * cosine
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device; ``auto`` takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise LingshuError("The device must be usable", f"'{name}'", "Choose auto, cpu, or cuda on a machine with a GPU")
+    return device
+
+
+def _optimiser(parameters: dict[str, nn.Parameter], settings: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves biases and norms alone."""
+    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and "bias" not in name]
+    others = [p for name, p in parameters.items() if p.dim() < 2 or "bias" in name]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=settings.peak_learning_rate, betas=settings.betas, fused=True
+    )
+
+
+def _optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimiser(
+    optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    for full_name, value in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        place = value if key == "step" else value.to(parameters[name].device)
+        optimiser.state[parameters[name]][key] = place
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, value in target.items():
+        value.copy_(source[name])
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A seed for each optimiser step, so that a resumed run draws the masks an undisturbed one would."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_output(run: Path, resume: bool) -> None:
+    if resume and not run.is_dir():
+        raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
+    if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise LingshuError("A new run needs a new folder", f"{run} exists", "Pass --resume, or another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LingshuError("The run folder must be writable", f"{run}: {error}", "Change --out") from None
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """A resumed run must see the same data under the same settings; only where and how often it reports may change."""
+    free = {"device", "tensorboard", "checkpoint_every"}
+    settings = [{k: v for k, v in m["config"]["training"].items() if k not in free} for m in (old, new)]
+    changed = [f"training.{k}" for k in settings[0] if settings[0][k] != settings[1].get(k)]
+    changed += [s for s in ("data", "network") if old["config"][s] != new["config"][s]]
+    changed += ["the data"] if old["data_fingerprints"] != new["data_fingerprints"] else []
+    if changed:
+        raise LingshuError(
+            "A resumed run needs the data and settings it began with",
+            f"changed: {offenders(changed)}",
+            "Pass the same ones, or train anew into another folder",
+        )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after this step; a second one stops at once."""
+    asked: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+            handlers[number] = signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
