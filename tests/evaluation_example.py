@@ -134,5 +134,11 @@ def _facts() -> dict:
         "n_cells": {"real": N_PER_SIDE, "generated": N_PER_SIDE, "reference": N_PER_SIDE},
         "files": {"real": {"name": "held out.h5ad", "fingerprint": "5f1c"}, "generated": {"name": "generated.h5ad"}},
         "versions": {"numpy": np.__version__, "pandas": pd.__version__},
-        "provenance": {"preset": "small", "steps": 64, "seed": 3, "conditions": {"cell_type": "B cells"}},
+        "provenance": {
+            "training": {"steps": 2000, "n_cells": 9},
+            "preset": "small",
+            "checkpoint_step": 1200,
+            "condition": {"cell_type": "B cells"},
+            "generation": {"steps": 64, "seed": 3, "schedule": "cosine"},
+        },
     }

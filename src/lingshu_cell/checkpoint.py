@@ -100,7 +100,9 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         for name, values in tensors.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, draft / f"{name}.safetensors")
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in values.items()}, draft / f"{name}.safetensors"
+            )
         files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
         content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         content["checksum"] = _checksum(content)
@@ -111,7 +113,9 @@ def save_checkpoint(
         os.replace(draft, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise LingshuError("The run folder must be writable", f"{run}: {error}", "Free some space or change --out") from None
+        raise LingshuError(
+            "The run folder must be writable", f"{run}: {error}", "Free some space or change --out"
+        ) from None
     for old in _folders(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -129,7 +133,9 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     folders = [path] if _NAME.fullmatch(path.name) else _folders(path)
     if not folders or not folders[-1].is_dir():
         raise LingshuError(
-            "A run folder must hold a checkpoint", f"none found in {path}", "Pass the folder that lingshu train --out wrote"
+            "A run folder must hold a checkpoint",
+            f"none found in {path}",
+            "Pass the folder that lingshu train --out wrote",
         )
     folder = folders[-1]
     try:

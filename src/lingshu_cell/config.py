@@ -1,4 +1,6 @@
-"""Every setting of a run, in one place: strict sections, named presets, and how files and the command line change them."""
+"""Every setting of a run, in one place: strict sections, named presets, and how files and the command line change
+them.
+"""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -45,15 +47,18 @@ class TransformerConfig(_Section):
 
 
 class SetConfig(_Section):
-    """Our network: the visible genes are summed as a set, a residual trunk reads the sum, a gate-and-values head answers."""
+    """Our network: the visible genes are summed as a set, a residual trunk reads the sum, a gate-and-values head
+    answers.
+    """
 
     kind: Literal["set"] = "set"
     gene_width: int = Field(128, ge=4, description="Width E of each gene's input and output weights.")
     width: int = Field(512, ge=8, description="Width D of the trunk.")
     n_blocks: int = Field(3, ge=1, description="Residual SwiGLU blocks of the trunk.")
     feedforward_width: int = Field(1024, ge=8, description="Hidden width of SwiGLU.")
-    value_width: int = Field(32, ge=4, description="Width of the bilinear form behind the value logits.")
-    n_small_values: int = Field(16, ge=2, le=99, description="K: counts 1..K-1 have per-gene logits, K and more share a tail.")
+    n_small_values: int = Field(
+        16, ge=2, le=99, description="K: counts 1..K-1 have logits of their own, K and more a tail."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of each block.")
 
 
@@ -68,7 +73,9 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(0.02, ge=0, description="AdamW weight decay on matrices.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
     clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm.")
-    ema_sigma_rel: tuple[float, float] = Field((0.05, 0.10), description="Relative widths of the two power-function EMAs.")
+    ema_sigma_rel: tuple[float, float] = Field(
+        (0.05, 0.10), description="Relative widths of the two power-function EMAs."
+    )
     ema_every: int = Field(1, ge=1, description="Steps between two updates of the EMAs.")
     masking: Literal["uniform", "log-uniform"] = Field(
         "log-uniform", description="Law of the visible share: uniform (paper), or half uniform, half log-uniform."
@@ -86,9 +93,13 @@ class GenerationConfig(_Section):
     """How cells are generated from a trained run."""
 
     steps: int = Field(64, ge=1, description="Network evaluations per cell.")
-    schedule: Literal["geometric", "cosine", "uniform"] = Field("geometric", description="How many genes each step reveals.")
+    schedule: Literal["geometric", "cosine", "uniform"] = Field(
+        "geometric", description="How many genes each step reveals."
+    )
     minibatch_size: int = Field(256, ge=1, description="Cells held in memory at once, rounded up to whole tiles.")
-    tile_size: int = Field(64, ge=2, description="Rows of every network call; part of what determines a cell's rounding.")
+    tile_size: int = Field(
+        64, ge=2, description="Rows of every network call; part of what determines a cell's rounding."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the run; cell i uses (seed, i).")
 
 
@@ -127,30 +138,41 @@ PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": _paper(8), "paper-s3
 
 
 def load_config(
-    preset: str = "small", file: Path | None = None, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+    preset: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
     """Build a configuration from a preset, then a TOML file, then ``section.key=value`` settings, the later winning.
 
     Parameters
     ----------
     preset
-        One of ``small``, ``paper``, ``paper-s32``.
+        One of ``small``, ``paper``, ``paper-s32``; what the file says, or ``small``, when not given.
     file
-        TOML file with the sections ``data``, ``network``, ``training``, ``generation``.
+        TOML file with the sections ``data``, ``network``, ``training``, ``generation`` and, if wanted, ``preset``.
     settings
         Strings like ``training.steps=200``; the value is read as TOML, and as plain text where it is no TOML.
     overrides
         Nested mapping with the last word, for callers in Python.
+    base
+        Whole configuration to start from in place of the preset's, e.g. that of a run to be resumed.
 
     Raises
     ------
     LingshuError
         On an unknown preset, section or key, a value of the wrong type or outside its range, or an unreadable file.
     """
-    if preset not in PRESETS:
+    from_file = _read_toml(file) if file else {}
+    stated = from_file.pop("preset", None)
+    preset = preset or stated or "small"
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise LingshuError("The preset must exist", f"'{preset}'", f"Choose one of {', '.join(PRESETS)}")
+    if stated not in (None, preset):
+        raise LingshuError("There is one preset", f"'{preset}' asked for, '{stated}' in {file}", "Leave one out")
     values: dict[str, Any] = {"preset": preset}
-    for layer in (PRESETS[preset], _read_toml(file) if file else {}, _parse_settings(settings), overrides or {}):
+    for layer in (PRESETS[preset] if base is None else base, from_file, _parse_settings(settings), overrides or {}):
         values = _merge(values, layer)
     try:
         return Config.model_validate(values)
@@ -172,7 +194,9 @@ def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LingshuError("The configuration must be a readable TOML file", f"{file}: {error}", "Mend the file") from None
+        raise LingshuError(
+            "The configuration must be a readable TOML file", f"{file}: {error}", "Mend the file"
+        ) from None
 
 
 def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -203,7 +227,9 @@ def _as_user_error(error: ValidationError, values: Mapping[str, Any]) -> Lingshu
         return LingshuError("Every setting must be known", f"'{where}'", f"Known here: {', '.join(known)}")
     found = f"{where} = {first['input']!r}: {first['msg']}"
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-    return LingshuError("Every setting must have a valid value", found + more, "See lingshu train --help or docs/config.md")
+    return LingshuError(
+        "Every setting must have a valid value", found + more, "See lingshu train --help or docs/config.md"
+    )
 
 
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:

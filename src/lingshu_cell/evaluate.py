@@ -1,10 +1,7 @@
 """Judge generated cells against real cells, from files, whatever model made them."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import scipy.sparse as sp
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.metrics import (
+    catalogue,
     cell_types,
     correlation,
     depth,
@@ -26,20 +24,22 @@ from lingshu_cell.metrics import (
     memorisation,
     two_sample,
 )
-from lingshu_cell.metrics.catalogue import CATALOGUE
+from lingshu_cell.metrics.clock import Clock
 
 _COMPONENTS = 50
-_SPLITS = 5  # random halves of the real cells
-_DEPTH_SPLITS = 50  # cheap and noisy
+_CHEAP_SPLITS = 50  # for numbers that cost nothing to split: depth, distances
 _LEAST_CELLS = 20  # in each sample of a comparison
 _MOST_CELLS_PCA = 10_000
-_MOST_CELLS_PAIR = 2_500  # kernels and forests are quadratic or slow beyond
+_MOST_CELLS_SPLIT = 1_000  # per side; eleven forests of five folds take a minute at this size
+_MOST_CELLS_PAIR = 2_500
 _MOST_CELLS_MAP = 5_000
-_MOST_CELLS_SCRUBLET = 2_000
+_MOST_CELLS_SCRUBLET = 1_000
 _MOST_MARKERS = 12
 _CORRELATED_GENES = 100
 _LEAST_CELLS_OF_TYPE = 30
 _LEAST_MEAN = 0.1  # counts per cell: below, the variance of a gene is Poisson noise
+_TREES = 50  # per fold; eleven comparisons
+_TREES_ALL_CELLS = 200
 _ALL_CELLS_AUC = "classifier_auc_random_forest_all_cells"
 
 Part = tuple[sp.csr_matrix, np.ndarray]  # raw counts and labels of some cells
@@ -74,13 +74,22 @@ class Cells:
 
 
 @dataclass(frozen=True, eq=False)
+class Sample:
+    """One side of a comparison: cells, log-normalised expression of detected genes, marker genes of its types."""
+
+    cells: Cells
+    expression: sp.csr_matrix
+    markers: dict[str, frozenset[int]]
+
+
+@dataclass(frozen=True, eq=False)
 class Space:
     """All that is fitted on reference cells and then held fixed for every comparison."""
 
     pca: embedding.PcaSpace
     classifier: cell_types.TypeClassifier | None
     bandwidths: np.ndarray
-    trend: np.ndarray
+    trend: genes.MeanVarianceTrend | None
     detected: np.ndarray
     expressed: np.ndarray
     target_sum: float
@@ -91,20 +100,6 @@ class Space:
         components = self.pca.project(counts)
         predicted = self.classifier.predict(components) if self.classifier else np.full(len(labels), "", dtype=object)
         return Cells(counts, components, labels, predicted, depth.measure_depth(counts))
-
-
-@dataclass(eq=False)
-class Clock:
-    """Seconds spent under each name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Add the time of a block to ``name``."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
 def evaluate_files(
@@ -120,16 +115,22 @@ def evaluate_files(
     seed: int = 0,
     max_cells: int | None = None,
     nelbo: dict | None = None,
+    n_splits: int = 5,
 ) -> dict:
     """Compare generated cells with real cells and write metrics, tables and facts into a folder.
 
-    Which cells go where. *Reference* cells fit the PCA, the cell-type classifier, kernel bandwidths, the mean-variance trend
-    and the correlations to be met; they are the ``training`` cells or, without them, a random third of ``real``. The
-    *compared* real cells are all of ``real`` or, without training cells, the other two thirds. For each of five random
-    splits the compared real cells give two disjoint halves A and B of m cells, m = min(half of them, generated, 2,500), and m
-    random generated cells are G: the value is metric(A, G), real_vs_real is metric(A, B), both averaged over the splits, and
-    shuffled is metric(A, B with each gene's counts permuted over its cells). Depth, zeros, proportions, correlations,
-    doublets and memorisation use all compared cells, as each description says.
+    Which cells go where. *Reference* cells fit the PCA, the cell-type classifier, kernel bandwidths, the mean-
+    variance trend and the correlations to be met; they are the ``training`` cells or, without them, a random third of
+    ``real``. The *compared* real cells are all of ``real`` or, without training cells, the other two thirds; so no
+    PCA is fitted on cells it compares (that alone makes two halves of one data set separable). For each of five
+    random splits the compared real cells give two disjoint halves A and B of m cells, m = min(half of them,
+    generated, 1,000), and m random generated cells are G: the value is metric(A, G), real_vs_real is metric(A, B),
+    both averaged over the splits (``_sd`` is their spread), and shuffled is metric(A, B with each gene's counts
+    permuted over its cells).
+
+    Depth, zeros, proportions, correlations, doublets and memorisation use all compared cells, as each description
+    says. Copies of training cells are not held-out cells: they lie where the PCA was fitted and are told apart, as
+    they should be.
 
     Parameters
     ----------
@@ -153,6 +154,8 @@ def evaluate_files(
         Use at most this many random cells of each file; None = all.
     nelbo
         ``{"nats_per_cell": …, "bits_per_gene": …}`` of the model on held-out cells, when the model is at hand.
+    n_splits
+        Number of random halvings of the real cells, at least 1.
 
     Returns
     -------
@@ -163,7 +166,8 @@ def evaluate_files(
     LingshuError
         If a file is refused, genes do not match, ``out`` is a file, or the real cells are training cells.
     """
-    _check_arguments(out, target_sum, max_cells)
+    _check_arguments(out, target_sum, max_cells, n_splits)
+    likelihood = catalogue.likelihood_entries(nelbo or {})
     clock, rng = Clock(), np.random.default_rng(seed)
     with clock.time("read"):
         files = {"real": read_counts(real, layer), "generated": read_counts(generated, generated_layer)}
@@ -186,14 +190,13 @@ def evaluate_files(
             "real": space.place(*compared),
             "generated": space.place(*parts["generated"]),
         }
-    metrics, m = _all_metrics(cells, space, training is not None, clock, rng)
-    if nelbo is not None:
-        _add_nelbo(metrics, nelbo)
+    metrics, m = _all_metrics(cells, space, training is not None, n_splits, clock, rng)
+    metrics |= likelihood
     tables = _tables(cells, space, names, clock, rng)
     facts = {
         "versions": folder.package_versions(),
         "files": {name: _file_facts(matrix) for name, matrix in files.items()},
-        "n_cells": {**{name: c.n for name, c in cells.items()}, "each_sample_of_a_comparison": m, "splits": _SPLITS},
+        "n_cells": {**{name: c.n for name, c in cells.items()}, "each_sample_of_a_comparison": m, "splits": n_splits},
         "reference": "training cells" if training is not None else "a random third of the real cells",
         "n_genes": {"common": len(names), **{name: matrix.n_genes for name, matrix in files.items()}},
         "real_cells_also_in_training": n_copied,
@@ -208,10 +211,12 @@ def evaluate_files(
     return metrics
 
 
-def _check_arguments(out: Path, target_sum: float, max_cells: int | None) -> None:
+def _check_arguments(out: Path, target_sum: float, max_cells: int | None, n_splits: int) -> None:
     folder.refuse_unwritable(out)
     if not 0 < target_sum < float("inf"):
         raise LingshuError("target_sum must be above 0", f"it is {target_sum}", "Use e.g. 10000 counts per cell")
+    if n_splits < 1:
+        raise LingshuError("n_splits must be at least 1", f"it is {n_splits}", "Use e.g. 5 halvings of the real cells")
     if max_cells is not None and max_cells < 3 * _LEAST_CELLS:
         raise LingshuError(
             f"max_cells must be at least {3 * _LEAST_CELLS}", f"it is {max_cells}", "Leave it out to use all cells"
@@ -284,45 +289,54 @@ def _fit_space(
 
 
 def _all_metrics(
-    cells: dict[str, Cells], space: Space, has_training: bool, clock: Clock, rng: np.random.Generator
+    cells: dict[str, Cells], space: Space, has_training: bool, n_splits: int, clock: Clock, rng: np.random.Generator
 ) -> tuple[dict[str, dict], int]:
     """Compute every metric; also give the number of cells in each sample of a split."""
     real, generated = cells["real"], cells["generated"]
-    m = min(real.n // 2, generated.n, _MOST_CELLS_PAIR)
-    found: dict[str, dict[str, list]] = {name: {} for name in CATALOGUE}
-    for split in range(_SPLITS if m >= _LEAST_CELLS else 0):
-        logger.info("evaluate: split %d of %d", split + 1, _SPLITS)
+    m = min(real.n // 2, generated.n, _MOST_CELLS_SPLIT)
+    found: dict[str, dict[str, list]] = {name: {} for name in catalogue.CATALOGUE}
+    for split in range(n_splits if m >= _LEAST_CELLS else 0):
+        logger.info("evaluate: split %d of %d", split + 1, n_splits)
         order = rng.permutation(real.n)
         half, other_half = real.take(order[:m]), real.take(order[m : 2 * m])
-        compared = {"value": generated.take(rng.permutation(generated.n)[:m]), "real_vs_real": other_half}
+        judged = {"value": generated.take(rng.permutation(generated.n)[:m]), "real_vs_real": other_half}
         if split == 0:
-            compared["shuffled"] = space.place(genes.shuffle_genes(other_half.counts, rng), other_half.labels)
-        for side, sample in compared.items():
-            for name, value in _pair_metrics(half, sample, space, clock).items():
+            judged["shuffled"] = space.place(genes.shuffle_genes(other_half.counts, rng), other_half.labels)
+        sample = _prepare(half, space, clock)
+        for side, cells_of_side in judged.items():
+            for name, value in _pair_metrics(sample, _prepare(cells_of_side, space, clock), space, clock).items():
                 found[name].setdefault(side, []).append(value)
     with clock.time("classifiers"):
         n = min(real.n, generated.n, _MOST_CELLS_PAIR)
         found[_ALL_CELLS_AUC] = {"real_vs_real": found["classifier_auc_random_forest"].get("real_vs_real")}
         if n >= _LEAST_CELLS:
             samples = (_features(c.take(rng.permutation(c.n)[:n])) for c in (real, generated))
-            found[_ALL_CELLS_AUC]["value"] = two_sample.forest_auc(*samples, space.seed)
+            found[_ALL_CELLS_AUC]["value"] = two_sample.forest_auc(*samples, space.seed, _TREES_ALL_CELLS)
     with clock.time("depth"):
         found.update(_depth_metrics(real, generated, rng))
     found.update(_type_metrics(cells, space, clock, rng))
     found.update(_memorisation_metrics(cells, has_training, clock, rng))
-    return {name: _entry(name, sides) for name, sides in found.items() if not name.startswith("nelbo")}, m
+    return {name: catalogue.entry(name, sides) for name, sides in found.items() if not name.startswith("nelbo")}, m
 
 
-def _pair_metrics(a: Cells, x: Cells, space: Space, clock: Clock) -> dict[str, float | None]:
-    """Metrics of two samples of equally many cells: real cells ``a`` and cells ``x`` to be judged."""
-    result: dict[str, float | None] = {}
+def _prepare(cells: Cells, space: Space, clock: Clock) -> Sample:
+    with clock.time("markers"):
+        expression = embedding.log_normalise(cells.counts, space.target_sum)[:, space.detected]
+        return Sample(cells, expression, cell_types.top_markers(expression, cells.predicted))
+
+
+def _pair_metrics(real: Sample, judged: Sample, space: Space, clock: Clock) -> dict[str, float | None]:
+    """Metrics of two samples of equally many cells: real cells and cells to be judged."""
+    a, x = real.cells, judged.cells
+    result: dict[str, float | None] = {"marker_overlap": cell_types.marker_overlap(real.markers, judged.markers)}
     with clock.time("gene means and variances"):
-        left, right = (embedding.log_normalise(s.counts, space.target_sum)[:, space.detected] for s in (a, x))
-        result["gene_mean_pearson"], result["gene_mean_spearman"] = genes.gene_mean_correlations(left, right)
-        error, bias = genes.mean_variance_error(a.counts, x.counts, space.trend, _LEAST_MEAN)
-        result |= {"mean_variance_error": error, "mean_variance_bias": bias}
+        pearson, spearman = genes.gene_mean_correlations(real.expression, judged.expression)
+        result |= {"gene_mean_pearson": pearson, "gene_mean_spearman": spearman}
+        if space.trend is not None:
+            error, bias = genes.mean_variance_error(a.counts, x.counts, space.trend)
+            result |= {"mean_variance_error": error, "mean_variance_bias": bias}
     with clock.time("wasserstein"):
-        distance = genes.wasserstein_per_gene(left, right)
+        distance = genes.wasserstein_per_gene(real.expression, judged.expression)
         expressed = np.isin(space.detected, space.expressed)
         result["wasserstein"] = float(distance.mean())
         result["wasserstein_expressed"] = float(distance[expressed].mean()) if expressed.any() else None
@@ -331,13 +345,10 @@ def _pair_metrics(a: Cells, x: Cells, space: Space, clock: Clock) -> dict[str, f
     with clock.time("ilisi"):
         result["ilisi"] = two_sample.ilisi(a.components, x.components)
     with clock.time("classifiers"):
-        result["classifier_auc_random_forest"] = two_sample.forest_auc(_features(a), _features(x), space.seed)
+        result["classifier_auc_random_forest"] = two_sample.forest_auc(_features(a), _features(x), space.seed, _TREES)
         result["classifier_auc_logistic"] = two_sample.logistic_auc(a.components, x.components, space.seed)
         umi = two_sample.depth_features(a.depth.log_umi, x.depth.log_umi)
         result["classifier_auc_library_size"] = two_sample.logistic_auc(*umi, space.seed)
-    with clock.time("markers"):
-        if space.classifier is not None:
-            result["marker_overlap"] = cell_types.marker_overlap(left, a.predicted, right, x.predicted)
     return result
 
 
@@ -352,7 +363,7 @@ def _depth_metrics(real: Cells, generated: Cells, rng: np.random.Generator) -> d
         name: {"value": value} for name, value in depth.compare_depth(real.depth, generated.depth).items()
     }
     if real.n >= 2 * _LEAST_CELLS:
-        for name, values in depth.depth_between_halves(real.depth, rng, _DEPTH_SPLITS).items():
+        for name, values in depth.depth_between_halves(real.depth, rng, _CHEAP_SPLITS).items():
             found[name]["real_vs_real"] = values
     shuffled = depth.measure_depth(
         genes.shuffle_genes(real.take(rng.permutation(real.n)[:_MOST_CELLS_PAIR]).counts, rng)
@@ -412,7 +423,7 @@ def _correlation_metrics(cells: dict[str, Cells], space: Space, rng: np.random.G
 def _memorisation_metrics(
     cells: dict[str, Cells], has_training: bool, clock: Clock, rng: np.random.Generator
 ) -> dict[str, dict]:
-    """Distances to the nearest training cell and exact duplicates; real-vs-real distances from halves of the real cells."""
+    """Distances to the nearest training cell and exact duplicates; real-vs-real from halves."""
     real, generated, training = cells["real"], cells["generated"], cells["reference"]
     found: dict[str, dict] = {
         "memorisation_distance_ratio": {},
@@ -429,7 +440,7 @@ def _memorisation_metrics(
         near = memorisation.nearest_distances(generated.components, training.components)
         held_out = memorisation.nearest_distances(real.components, training.components)
         ratios, shares = [], []
-        for _ in range(_SPLITS):
+        for _ in range(_CHEAP_SPLITS):
             a, b = np.array_split(rng.permutation(held_out), 2)
             ratios.append(depth.ratio(np.median(b), np.median(a)))
             shares.append(float((b < np.quantile(a, 0.01)).mean()))
@@ -446,35 +457,6 @@ def _memorisation_metrics(
             "real_vs_real": memorisation.n_copies(prints["real"], prints["reference"]),
         }
     return found
-
-
-def _entry(name: str, sides: dict[str, object]) -> dict:
-    """Turn one value or several splits per side into an entry of metrics.json."""
-    info = CATALOGUE[name]
-    entry: dict[str, object] = {"value": None, "real_vs_real": None}
-    for side, values in sides.items():
-        usable = [v for v in (values if isinstance(values, list) else [values]) if v is not None and np.isfinite(v)]
-        if usable and isinstance(values, list):
-            entry[side] = float(np.mean(usable))
-            if len(usable) > 1:
-                entry[f"{side}_sd"] = float(np.std(usable, ddof=1))
-        elif usable:
-            entry[side] = usable[0]
-    entry |= {"better": info.better, "unit": info.unit, "description": info.description}
-    if entry["value"] is None or entry["real_vs_real"] is None:
-        entry["why"] = info.needs
-    return entry
-
-
-def _add_nelbo(metrics: dict[str, dict], nelbo: dict) -> None:
-    """Add the likelihood the caller computed; it has no real-vs-real value."""
-    unknown = [name for name in nelbo if f"nelbo_{name}" not in CATALOGUE]
-    if unknown:
-        raise LingshuError(
-            "nelbo holds nats_per_cell and bits_per_gene", f"found {offenders(unknown)}", "Leave the others out"
-        )
-    for name, value in nelbo.items():
-        metrics[f"nelbo_{name}"] = _entry(f"nelbo_{name}", {"value": value})
 
 
 def _tables(

@@ -84,7 +84,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
     Raises
     ------
     LingshuError
-        If there is no whole checkpoint.
+        If there is no whole checkpoint, or ``weights`` are not among its weights.
     """
     checkpoint = load_checkpoint(run)
     manifest = checkpoint.manifest
@@ -93,8 +93,12 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
     conditions = ConditionVocabulary.from_json(manifest["conditions"])
     midpoints = torch.from_numpy(token_midpoints())
     network = build_denoiser(config.network, len(data["modelled"]), conditions.sizes, midpoints, config.training.seed)
-    weights = weights or f"ema_{config.training.ema_sigma_rel[0]:.2f}"
-    network.load_state_dict(checkpoint.tensors("buffers") | checkpoint.tensors(weights), strict=False)
+    averages = [f"ema_{sigma_rel:.2f}" for sigma_rel in config.training.ema_sigma_rel]
+    weights = weights or averages[0]
+    if weights not in ("weights", *averages):
+        raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
+    buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
+    network.load_state_dict(buffers | checkpoint.tensors(weights))
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,
@@ -130,8 +134,8 @@ def generate_chunks(
 ) -> Iterator[GeneratedChunk]:
     """Generate cells chunk by chunk, in memory that does not grow with their number.
 
-    Every cell depends on its seed, its conditions and the settings alone: the network always sees tiles of the same number of
-    rows, so that not even rounding depends on the minibatch size or on where a run was restarted.
+    Every cell depends on its seed, its conditions and the settings alone: the network always sees tiles of the same
+    number of rows, so that not even rounding depends on the minibatch size or on where a run was restarted.
 
     Parameters
     ----------
@@ -157,8 +161,14 @@ def generate_chunks(
     """
     if n_cells < 1:
         raise LingshuError("The number of cells must be 1 or more", f"{n_cells}", "Change --n")
+    if first < 0:
+        raise LingshuError("The index of the first cell must be 0 or more", f"{first}", "Change first")
     defaults = model.config.generation
-    steps, schedule = steps or defaults.steps, schedule or defaults.schedule
+    steps = defaults.steps if steps is None else steps
+    schedule = defaults.schedule if schedule is None else schedule
+    minibatch_size = defaults.minibatch_size if minibatch_size is None else minibatch_size
+    if minibatch_size < 1:
+        raise LingshuError("The minibatch size must be 1 or more", f"{minibatch_size}", "Change it")
     seed = defaults.seed if seed is None else seed
     if not 0 <= seed < 2**31:
         raise LingshuError("The seed must lie between 0 and 2147483647", f"{seed}", "Change --seed")
@@ -166,7 +176,7 @@ def generate_chunks(
         raise LingshuError("The schedule must exist", f"'{schedule}'", f"Choose one of {', '.join(GRIDS)}")
     grid = GRIDS[schedule](len(model.modelled), steps)
     tile = defaults.tile_size
-    per_chunk = -(-(minibatch_size or defaults.minibatch_size) // tile) * tile
+    per_chunk = -(-minibatch_size // tile) * tile
     rows, probabilities = _matching_rows(model, condition or {})
     start = first // tile * tile  # whole tiles only: a cell always sits in the same row of the same tile
     for chunk in range(start, first + n_cells, per_chunk):
@@ -174,7 +184,10 @@ def generate_chunks(
         seeds = cell_seeds(seed, chunk, end - chunk)
         conditions = np.stack([rows[_stream(s, _CONDITION_STREAM).choice(len(rows), p=probabilities)] for s in seeds])
         tokens = np.concatenate(
-            [_tile_tokens(model, seeds[i : i + tile], conditions[i : i + tile], grid) for i in range(0, len(seeds), tile)]
+            [
+                _tile_tokens(model, seeds[i : i + tile], conditions[i : i + tile], grid)
+                for i in range(0, len(seeds), tile)
+            ]
         )
         wanted = slice(max(first - chunk, 0), min(first + n_cells, end) - chunk)
         yield _chunk(model, tokens[wanted], seeds[wanted], conditions[wanted])

@@ -102,7 +102,8 @@ def judge(metrics: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Judge every measurement against its real-against-real value.
 
     A value may be worse than real-against-real by the *good* tolerance of its row and still be good, by the *close*
-    tolerance and be close; where the evaluation states the spread of real-against-real, twice that is always good.
+    tolerance and be close; where the evaluation states the spread (SD) of real-against-real, twice that is always good
+    and three times that always close.
 
     Parameters
     ----------
@@ -260,7 +261,7 @@ def _tolerance(
         size = abs(reference) if scale == "relative" else floor
         good, close = good * size, close * size
     if spread is not None and 2 * spread > good:
-        good, close = 2 * spread, max(close, 4 * spread)
+        good, close = 2 * spread, max(close, 3 * spread)
         rule = f"good within {number(good)} (2 × spread), close within {number(close)}"
     return Tolerance(good, close, rule)
 

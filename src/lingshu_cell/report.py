@@ -85,6 +85,7 @@ def render_report(evaluation: Evaluation, *, title: str | None = None) -> str:
     environment.filters["script_hash"] = _script_hash
     rows = judge(evaluation.metrics)
     source = _provenance(evaluation.facts)
+    generation = {key: value for key, value in source.items() if key != "training"}  # its steps and cells are others
     page = environment.get_template("report.html.jinja")
     generated = _file_name(evaluation.facts, "generated") or evaluation.name
     return page.render(
@@ -97,7 +98,7 @@ def render_report(evaluation: Evaluation, *, title: str | None = None) -> str:
         tiles=[row for row in rows if row.headline and row.value is not None],
         n_cells=evaluation.cells["source"].value_counts().to_dict(),
         n_genes=len(evaluation.genes),
-        model=_model_line(source),
+        model=_model_line(generation),
         maps=_maps(evaluation.cells),
         markers=_markers(evaluation.cells),
         proportions=_proportion_rows(evaluation.proportions),
@@ -106,7 +107,7 @@ def render_report(evaluation: Evaluation, *, title: str | None = None) -> str:
         training=_training(evaluation.history),
         provenance=_flat(source),
         facts=_flat({k: v for k, v in evaluation.facts.items() if v is not source}),
-        commands=_commands(evaluation, source),
+        commands=_commands(evaluation, generation),
     )
 
 
@@ -237,7 +238,7 @@ def _flat(content: object, prefix: str = "") -> list[tuple[str, str]]:
         ]
     if isinstance(content, list):
         content = ", ".join(str(item) for item in content)
-    return [(prefix, number(content))]
+    return [(prefix, str(content) if prefix.endswith("seed") else number(content))]
 
 
 def _script_hash(script: str) -> str:
@@ -264,8 +265,8 @@ def _file_name(facts: Mapping[str, Any], part: str) -> str | None:
 
 def _model_line(source: Mapping[str, Any]) -> str:
     """What made the cells, in one line."""
-    words = {"preset": "preset {}", "checkpoint": "{}", "schedule": "{} schedule"}
-    words |= {"steps": "{} steps", "seed": "seed {}"}
+    words = {"preset": "preset {}", "checkpoint_step": "trained for {} steps", "schedule": "{} schedule"}
+    words |= {"steps": "{} sampling steps", "seed": "seed {}"}
     found = [form.format(value) for key, form in words.items() if isinstance(value := _find(source, key), str | int)]
     return " · ".join(found) or "unknown: the generated file does not say"
 
@@ -276,14 +277,15 @@ def _commands(evaluation: Evaluation, source: Mapping[str, Any]) -> list[str]:
     lines = []
     if source:
         run = ["lingshu", "generate", Path(str(_find(source, "checkpoint") or "RUN")).name]
-        n_cells = (
-            _find(source, "n_cells") or _find(source, "n") or int((evaluation.cells["source"] == "generated").sum())
-        )
+        n_cells = int((evaluation.cells["source"] == "generated").sum())
+        file = _find(evaluation.facts.get("files"), "generated")
+        if isinstance(file, Mapping) and isinstance(file.get("cells"), int):
+            n_cells = file["cells"]  # the table may hold only some of them
         run += ["--n", n_cells, "--out", generated]
         for option in ("steps", "seed"):
             if isinstance(value := _find(source, option), int):
                 run += [f"--{option}", value]
-        conditions = _find(source, "conditions")
+        conditions = _find(source, "condition")
         if isinstance(conditions, Mapping):
             for key, value in conditions.items():
                 if isinstance(value, str):

@@ -1,7 +1,9 @@
 """The numbers every layer must agree on: how many expression tokens there are, and which token hides a gene."""
 
 N_EXPRESSION_TOKENS = 281
-"""0–99 exact, 100–189 in steps of 10, 190–279 in steps of 100, 280 for counts of 10,000 and more (paper, section 2.1)."""
+"""0–99 exact, 100–189 in steps of 10, 190–279 in steps of 100, 280 for counts of 10,000 and more (paper, section
+2.1).
+"""
 
 MASK_TOKEN = 281
 """[MASK]: the count of this gene is not known (hidden in training, not yet drawn in sampling, or never measured)."""

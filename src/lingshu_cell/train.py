@@ -122,9 +122,10 @@ class _Trainer:
         self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]
         self.optimiser = _optimiser(self.parameters, settings)
         self.law = MaskLaw(0.5 if settings.masking == "log-uniform" else 0.0)
-        self.step = self.saved_step = 0
+        self.step, self.saved_step = 0, None
         self.best_known: float | None = None
         self.first_loss: float | None = None
+        self.smooth_loss: float | None = None
         if resume:
             self._restore()
         self.history = History(run, self.step, settings.tensorboard)
@@ -133,29 +134,32 @@ class _Trainer:
         """Train to the last step, or until asked to stop."""
         settings = self.settings
         n_parameters = sum(p.numel() for p in self.parameters.values())
-        on_note(f"{self.config.preset}: {n_parameters / 1e6:.1f} M parameters on {self.device}, {len(self.cells.train):,} cells")
+        on_note(
+            f"{self.config.preset}: {n_parameters / 1e6:.1f} M parameters on {self.device}, "
+            f"{len(self.cells.train):,} training cells"
+        )
         (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
-        started, first_step, smooth = time.monotonic(), self.step, None
+        started, first_step = time.monotonic(), self.step
         with _stop_signals() as stop_asked, contextlib.closing(self.history):
             while self.step < settings.steps and not stop_asked():
-                loss, gradient_norm = self._optimise()
-                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+                gradient_norm = self._optimise()
                 seconds = time.monotonic() - started
                 if self.step % settings.validate_every == 0 or self.step == settings.steps:
-                    self._validate(smooth, gradient_norm, seconds)
+                    self._validate(gradient_norm, seconds)
                 if self.step % settings.checkpoint_every == 0:
                     self._save()
                 speed = (self.step - first_step) / max(seconds, 1e-9)
                 left = (settings.steps - self.step) / speed
+                cells_per_second = speed * settings.minibatch_size
                 on_progress(
-                    Progress(self.step, settings.steps, smooth, self.best_known, speed * settings.minibatch_size, left)
+                    Progress(self.step, settings.steps, self.smooth_loss, self.best_known, cells_per_second, left)
                 )
-            if self.step != self.saved_step or self.step == 0:
+            if self.step != self.saved_step:
                 self._save()
         return TrainingResult(self.run, self.step, self.best_known, self.step < settings.steps, self.cells.notes)
 
-    def _optimise(self) -> tuple[float, float]:
-        """One optimiser step; gives the loss in nats per cell and the gradient norm."""
+    def _optimise(self) -> float:
+        """One optimiser step; gives the gradient norm."""
         settings, cells = self.settings, self.cells
         chosen = minibatch_cells(cells.train, settings.minibatch_size, self.step, settings.seed)
         generator = torch.Generator(self.device).manual_seed(_step_seed(settings.seed, self.step))
@@ -171,27 +175,31 @@ class _Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         (loss / x_0_BG.shape[1]).backward()  # nats per gene: gradients do not grow with the gene list
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip_norm)
-        value = loss.item()
-        self._check_finite(value, float(norm))
+        self._take_in(loss.item(), float(norm))
         self.optimiser.step()
         self.step += 1
         if self.step % settings.ema_every == 0:
             for average in self.averages:
                 average.update(self.parameters, self.step, settings.ema_every)
-        return value, float(norm)
+        return float(norm)
 
-    def _check_finite(self, loss: float, norm: float) -> None:
+    def _take_in(self, loss: float, norm: float) -> None:
+        """Smooth the loss and stop on NaN or divergence; one loss alone may be huge, as 1/t has no finite variance."""
         self.first_loss = loss if self.first_loss is None else self.first_loss
-        if math.isfinite(loss) and math.isfinite(norm) and loss < _DIVERGED * max(self.first_loss, 1.0):
+        self.smooth_loss = loss if self.smooth_loss is None else 0.98 * self.smooth_loss + 0.02 * loss
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and self.smooth_loss < _DIVERGED * max(self.first_loss, 1.0):
             return
+        step = self.saved_step
+        saved = "No checkpoint was saved" if step is None else f"The checkpoint of step {step} is whole"
         raise LingshuError(
             "Training must stay finite",
             f"at step {self.step + 1} the loss is {loss:.4g} nats per cell and the gradient norm {norm:.4g}",
-            f"The checkpoint of step {self.saved_step} is whole; lower training.peak_learning_rate and start again",
+            f"{saved}; lower training.peak_learning_rate and start again",
         )
 
     @torch.no_grad()
-    def _validate(self, smooth_loss: float, gradient_norm: float, seconds: float) -> None:
+    def _validate(self, gradient_norm: float, seconds: float) -> None:
         """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
         nelbo = None
         if len(self.cells.validation):
@@ -200,7 +208,7 @@ class _Trainer:
         g = len(self.cells.modelled)
         self.history.add(
             step=self.step,
-            loss=smooth_loss,
+            loss=self.smooth_loss,
             validation_nelbo=nelbo,
             bits_per_gene=None if nelbo is None else nelbo / g / math.log(2),
             learning_rate=learning_rate(self.step - 1, self.settings),
@@ -214,7 +222,8 @@ class _Trainer:
         self.network.eval()
         generator = torch.Generator(self.device).manual_seed(0)
         nelbo: list[float] = []
-        held_out = self.cells.validation[:_VALIDATION_CELLS]
+        # Spread over all data sets and cell types, in whatever order the files hold them.
+        held_out = self.cells.validation[:: -(-len(self.cells.validation) // _VALIDATION_CELLS)]
         for piece in np.array_split(held_out, -(-len(held_out) // self.settings.minibatch_size)):
             x_0_BG, condition_BC = self._on_device(piece)
             with self._autocast():
@@ -262,6 +271,7 @@ class _Trainer:
             "notes": list(cells.notes),
             "step": self.step,
             "first_loss": self.first_loss,
+            "smooth_loss": self.smooth_loss,
             "validation_nelbo_nats_per_cell": self.best_known,
             "n_parameters": sum(p.numel() for p in self.parameters.values()),
             "versions": {"python": platform.python_version()}
@@ -280,7 +290,7 @@ class _Trainer:
         _restore_optimiser(self.optimiser, self.parameters, checkpoint.tensors("optimizer"))
         self.step = self.saved_step = checkpoint.step
         self.best_known = manifest["validation_nelbo_nats_per_cell"]
-        self.first_loss = manifest["first_loss"]
+        self.first_loss, self.smooth_loss = manifest["first_loss"], manifest["smooth_loss"]
 
 
 def learning_rate(step: int, settings: TrainingConfig) -> float:
@@ -302,7 +312,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         usable = False
     if not usable:
-        raise LingshuError("The device must be usable", f"'{name}'", "Choose auto, cpu, or cuda on a machine with a GPU")
+        raise LingshuError(
+            "The device must be usable", f"'{name}'", "Choose auto, cpu, or cuda on a machine with a GPU"
+        )
     return device
 
 

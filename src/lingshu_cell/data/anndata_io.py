@@ -135,6 +135,28 @@ def read_counts(source: Path | str | ad.AnnData, layer: str | None = None, obs_k
     )
 
 
+def read_obs(source: Path | str | ad.AnnData) -> pd.DataFrame:
+    """Read the labels of the cells and nothing else.
+
+    Parameters
+    ----------
+    source
+        As in :func:`read_counts`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``obs``, all columns.
+
+    Raises
+    ------
+    LingshuError
+        If the file or URL cannot be read or holds no AnnData.
+    """
+    with _opened(source) as parts:
+        return parts.obs
+
+
 @contextmanager
 def _opened(source: Path | str | ad.AnnData) -> Iterator[_Parts]:
     if isinstance(source, ad.AnnData):

@@ -145,7 +145,9 @@ def assemble(
     conditions, condition_NC = _conditions(data_sets, condition_keys)
     n_cells = counts.shape[0]
     everyone = np.arange(n_cells)
-    train, validation = split_cells(n_cells, validation_fraction, split_seed) if validation_fraction else (everyone, everyone[:0])
+    train, validation = (
+        split_cells(n_cells, validation_fraction, split_seed) if validation_fraction else (everyone, everyone[:0])
+    )
     detected_in = np.bincount(counts[train].indices, minlength=len(vocabulary))
     is_modelled = detected_in >= max(min_cells_per_gene, 0)
     if not is_modelled.any():
@@ -160,8 +162,8 @@ def assemble(
     if (~is_modelled).any():
         share = rare.count.sum() / max(counts[train].sum(), 1)
         notes.append(
-            f"{len(modelled):,} of {len(vocabulary):,} genes are modelled; {(~is_modelled).sum():,} detected in fewer than "
-            f"{min_cells_per_gene} training cells ({share:.2%} of all UMI) are drawn from their frequency"
+            f"{len(modelled):,} of {len(vocabulary):,} genes are modelled; {(~is_modelled).sum():,} detected in "
+            f"fewer than {min_cells_per_gene} training cells ({share:.2%} of all UMI) are drawn from their frequency"
         )
     tokens = counts[:, modelled]
     tokens = sparse.csr_matrix((encode(tokens.data), tokens.indices, tokens.indptr), shape=tokens.shape)

@@ -11,7 +11,9 @@ from lingshu_cell.network.distribution import Denoise
 from lingshu_cell.tokens import MASK_TOKEN
 
 
-def nelbo_estimate(denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, law: MaskLaw, generator: torch.Generator) -> Tensor:
+def nelbo_estimate(
+    denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, law: MaskLaw, generator: torch.Generator
+) -> Tensor:
     r"""Estimate the negative ELBO of each cell from one random mask.
 
     .. math::
@@ -26,8 +28,8 @@ def nelbo_estimate(denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, law: 
     denoise
         The network.
     x_0_BG
-        Expression tokens of whole cells; ``MASK_TOKEN`` where a gene was not measured, which hides it for good and never
-        scores it.
+        Expression tokens of whole cells; ``MASK_TOKEN`` where a gene was not measured, which hides it for good and
+        never scores it.
     condition_BC
         Categories of the condition fields.
     law
@@ -47,7 +49,9 @@ def nelbo_estimate(denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, law: 
 def nll_per_hidden_share(
     denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, visible_B: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy of the hidden genes at the given visible shares, divided by the hidden share; nats per cell, shape B."""
+    """Cross-entropy of the hidden genes at the given visible shares, divided by the hidden share; nats per cell,
+    shape B.
+    """
     x_t_BG = hide(x_0_BG, visible_B, generator)
     scored_BG = (x_t_BG == MASK_TOKEN) & (x_0_BG != MASK_TOKEN)
     return denoise(x_t_BG, condition_BC).nll(x_0_BG, scored_BG) / (1 - visible_B)
@@ -57,6 +61,8 @@ def nll_per_hidden_share(
 def validation_nelbo(
     denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, generator: torch.Generator, n_masks: int = 8
 ) -> Tensor:
-    """Estimate the negative ELBO of held-out cells with masks stratified over the visible share; nats per cell, shape B."""
+    """Estimate the negative ELBO of held-out cells with masks stratified over the visible share; nats per cell,
+    shape B.
+    """
     estimates = [nelbo_estimate(denoise, x_0_BG, condition_BC, MaskLaw(0.0), generator) for _ in range(n_masks)]
     return torch.stack(estimates).mean(0)

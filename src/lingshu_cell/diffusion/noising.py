@@ -12,7 +12,6 @@ from torch import Tensor
 from lingshu_cell.tokens import MASK_TOKEN
 
 
-
 @dataclass(frozen=True)
 class MaskLaw:
     """Law of the visible share v = 1 - t from which the masks of training are drawn.
@@ -39,6 +38,7 @@ class MaskLaw:
         # Stratified over the minibatch: each cell draws from its own 1/B slice, which lowers the variance of the loss.
         strata = (torch.randperm(n_cells, generator=generator, device=device) + 0.0) / n_cells
         uniform = strata + torch.rand(n_cells, generator=generator, device=device) / n_cells
+        uniform = uniform.clamp_max(1 - 2**-24)  # float32 may round up to 1, and the loss divides by 1 - v
         if self.log_uniform_share == 0:
             return uniform, torch.ones_like(uniform)
         is_log = torch.rand(n_cells, generator=generator, device=device) < self.log_uniform_share

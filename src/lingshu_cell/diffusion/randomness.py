@@ -1,7 +1,8 @@
-"""All the randomness of one generated cell comes from one seed: the order of its genes and two uniforms for each of them.
+"""All the randomness of one generated cell comes from one seed: the order of its genes and two uniforms for each of
+them.
 
-Because every gene is revealed exactly once, its uniforms can be drawn beforehand; a cell then depends on its seed alone, not on
-the minibatch, the device count or a restart, and two conditions under one seed are a matched pair.
+Because every gene is revealed exactly once, its uniforms can be drawn beforehand; a cell then depends on its seed
+alone, not on the minibatch, the device count or a restart, and two conditions under one seed are a matched pair.
 
 Shapes: B cells, G genes.
 """

@@ -4,6 +4,7 @@ Shapes: B cells, G genes, C conditions, M positions revealed in one step.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ def sample_cells(
 ) -> Tensor:
     """Reveal the hidden genes step by step (paper, section 2.5).
 
-    How many genes each step reveals is fixed beforehand; which genes is uniformly random and chosen before any value is drawn;
-    values come from the plain categorical; a gene that is visible never changes.
+    How many genes each step reveals is fixed beforehand; which genes is uniformly random and chosen before any value
+    is drawn; values come from the plain categorical; a gene that is visible never changes.
 
     Parameters
     ----------
@@ -33,7 +34,8 @@ def sample_cells(
     noise
         The cells' random numbers.
     visible_counts
-        Grid 0 = n_0 < … < n_N = G for a cell with all genes hidden; where genes are given, it is scaled to the hidden ones.
+        Grid 0 = n_0 < … < n_N = G for a cell with all genes hidden; where genes are given, it is scaled to the hidden
+        ones.
 
     Returns
     -------
@@ -47,7 +49,7 @@ def sample_cells(
     edges = torch.as_tensor(visible_counts, device=start_BG.device, dtype=torch.float64) / n_genes
     edges_NB1 = torch.round(edges[:, None, None] * n_hidden_B1).long()
     x_BG = start_BG.clone()
-    for low_B1, high_B1 in zip(edges_NB1[:-1], edges_NB1[1:], strict=True):
+    for low_B1, high_B1 in pairwise(edges_NB1):
         positions = Positions.where((rank_BG >= low_B1) & (rank_BG < high_B1))
         if len(positions) == 0:
             continue

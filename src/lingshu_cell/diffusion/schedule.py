@@ -32,10 +32,12 @@ GRIDS = {"uniform": uniform_grid, "cosine": cosine_grid, "geometric": geometric_
 def custom_grid(visible_counts: Sequence[int], n_genes: int) -> np.ndarray:
     """Check a grid given by the user: whole numbers that start at 0, rise strictly and end at G."""
     grid = np.asarray(visible_counts)
-    rises = grid.ndim == 1 and grid.size >= 2 and np.issubdtype(grid.dtype, np.integer) and bool((np.diff(grid) > 0).all())
+    rises = (
+        grid.ndim == 1 and grid.size >= 2 and np.issubdtype(grid.dtype, np.integer) and bool((np.diff(grid) > 0).all())
+    )
     if not rises or grid[0] != 0 or grid[-1] != n_genes:
         raise LingshuError(
-            "A custom schedule must be whole visible counts that start at 0, rise strictly and end at the number of genes",
+            "A custom schedule must be visible counts that start at 0, rise strictly and end at the number of genes",
             f"{list(visible_counts)[:5]}… for {n_genes} genes",
             "Mend the list",
         )
@@ -45,7 +47,9 @@ def custom_grid(visible_counts: Sequence[int], n_genes: int) -> np.ndarray:
 def _checked(n_genes: int, n_steps: int) -> int:
     if not 1 <= n_steps <= n_genes:
         raise LingshuError(
-            "The number of steps must lie between 1 and the number of genes", f"{n_steps} steps, {n_genes} genes", "Change --steps"
+            "The number of steps must lie between 1 and the number of genes",
+            f"{n_steps} steps, {n_genes} genes",
+            "Change --steps",
         )
     return n_steps
 

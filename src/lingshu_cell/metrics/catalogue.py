@@ -1,6 +1,11 @@
 """What each metric means: its unit, its good direction, how to read it, and what it needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+
+from lingshu_cell.errors import LingshuError, offenders
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class MetricInfo:
     needs: str = "Needs at least 40 held-out real cells (60 without training cells) and 20 generated cells."
 
 
+_LIKELIHOOD = "A likelihood has no real-vs-real value: compare it with that of other models on the same cells."
 _TYPES = "Needs cell types: an obs column with at least two types of five or more reference cells (--cell-type-key)."
 _TRAINING = "Needs the cells the model was trained on (--training)."
 _CORRELATION = "Needs 30 cells of one type in the real and the generated cells, 60 in the reference, and varying genes."
@@ -73,8 +79,8 @@ CATALOGUE: dict[str, MetricInfo] = {
     "classifier_auc_random_forest_all_cells": MetricInfo(
         "lower",
         "AUC",
-        "The same with all cells instead of halves, which makes the forest sharper; for indistinguishable cells it is "
-        ".5 at any number of cells, hence the same real-vs-real value.",
+        "The same with all cells instead of halves and more trees, which makes the forest sharper; for "
+        "indistinguishable cells it is .5 at any number of cells, hence the same real-vs-real value.",
         "Needs 20 real and 20 generated cells, and 40 held-out real cells for the real-vs-real value.",
     ),
     "classifier_auc_logistic": MetricInfo(
@@ -88,8 +94,8 @@ CATALOGUE: dict[str, MetricInfo] = {
     "sd_log_umi_ratio": MetricInfo(
         "closer_to_real",
         "ratio",
-        "Spread (SD) of log total counts, generated / real: below 1 means cells too alike in depth, a common failure of "
-        "few-step sampling.",
+        "Spread (SD) of log total counts, generated / real: below 1 means cells too alike in depth, as few-step "
+        "sampling makes them.",
         "Needs at least two cells with different total counts on each side.",
     ),
     "mean_log_umi": MetricInfo(
@@ -159,7 +165,7 @@ CATALOGUE: dict[str, MetricInfo] = {
     "marker_overlap": MetricInfo(
         "higher",
         "fraction of genes",
-        "Share of the 20 best marker genes of each predicted type (t-test) that generated and real cells have in common.",
+        "Share of the 20 best marker genes of each predicted type (t-test) that real and generated cells share.",
         "Needs at least two predicted cell types with ten cells on both sides of a comparison.",
     ),
     "doublet_rate": MetricInfo(
@@ -172,15 +178,15 @@ CATALOGUE: dict[str, MetricInfo] = {
     "memorisation_distance_ratio": MetricInfo(
         "closer_to_real",
         "ratio",
-        "Median distance to the nearest training cell, generated / held-out real: well below 1 means copying or cells too "
-        "average, above 1 means cells away from the data.",
+        "Median distance to the nearest training cell, generated / held-out real: well below 1 means copying or "
+        "cells too average, above 1 means cells away from the data.",
         _TRAINING,
     ),
     "memorisation_near_fraction": MetricInfo(
         "closer_to_real",
         "fraction of cells",
-        "Share of generated cells nearer to a training cell than 99 % of held-out real cells are: .01 expected, far more "
-        "means copying.",
+        "Share of generated cells nearer to a training cell than 99 % of held-out real cells are: .01 expected, "
+        "far more means copying.",
         _TRAINING,
     ),
     "training_duplicates": MetricInfo(
@@ -199,9 +205,63 @@ CATALOGUE: dict[str, MetricInfo] = {
         "lower",
         "nats per cell",
         "Upper bound on the negative log-likelihood of held-out cells under the model.",
-        "Needs the model that made the cells.",
+        _LIKELIHOOD,
     ),
-    "nelbo_bits_per_gene": MetricInfo(
-        "lower", "bits per gene", "The same per gene, in bits.", "Needs the model that made the cells."
-    ),
+    "nelbo_bits_per_gene": MetricInfo("lower", "bits per gene", "The same per gene, in bits.", _LIKELIHOOD),
 }
+
+
+def entry(name: str, sides: Mapping[str, object]) -> dict:
+    """Make one entry of metrics.json from the values of each side.
+
+    Parameters
+    ----------
+    name
+        A name of the catalogue.
+    sides
+        ``"value"``, ``"real_vs_real"``, ``"shuffled"`` → a number, None, or a list with one of these per split;
+        a list becomes its mean, and ``<side>_sd`` its standard deviation (ddof 1).
+
+    Returns
+    -------
+    value, real_vs_real, better, unit, description; shuffled where there is one, why where one of the first two is None.
+    """
+    info = CATALOGUE[name]
+    result: dict[str, object] = {"value": None, "real_vs_real": None}
+    for side, values in sides.items():
+        usable = [v for v in (values if isinstance(values, list) else [values]) if v is not None and np.isfinite(v)]
+        if usable and isinstance(values, list):
+            result[side] = float(np.mean(usable))
+            if len(usable) > 1:
+                result[f"{side}_sd"] = float(np.std(usable, ddof=1))
+        elif usable:
+            result[side] = usable[0]
+    result |= {"better": info.better, "unit": info.unit, "description": info.description}
+    if result["value"] is None or result["real_vs_real"] is None:
+        result["why"] = info.needs
+    return result
+
+
+def likelihood_entries(nelbo: Mapping[str, float]) -> dict[str, dict]:
+    """Make entries of the likelihood that the model's side computed; it has no real-vs-real value.
+
+    Parameters
+    ----------
+    nelbo
+        ``nats_per_cell`` and/or ``bits_per_gene``, finite numbers.
+
+    Returns
+    -------
+    ``nelbo_nats_per_cell`` and/or ``nelbo_bits_per_gene`` → entry.
+
+    Raises
+    ------
+    LingshuError
+        If there is another key.
+    """
+    unknown = [name for name in nelbo if f"nelbo_{name}" not in CATALOGUE]
+    if unknown:
+        raise LingshuError(
+            "nelbo holds nats_per_cell and bits_per_gene", f"found {offenders(unknown)}", "Leave the others out"
+        )
+    return {f"nelbo_{name}": entry(f"nelbo_{name}", {"value": value}) for name, value in nelbo.items()}

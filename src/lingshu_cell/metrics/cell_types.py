@@ -114,8 +114,8 @@ def rank_markers(
 
     Returns
     -------
-    Columns group, names (column number of the gene as int), scores, logfoldchanges, and with ``shares`` pct_nz_group and
-    pct_nz_reference; best genes of each group first.
+    Columns group, names (column number of the gene as int), scores, logfoldchanges, and with ``shares`` pct_nz_group
+    and pct_nz_reference; best genes of each group first.
     """
     import anndata as ad
     import scanpy as sc
@@ -130,39 +130,42 @@ def rank_markers(
     return table.assign(names=table["names"].astype(int)).reset_index(drop=True)
 
 
-def marker_overlap(
-    real: sp.csr_matrix, real_types: np.ndarray, other: sp.csr_matrix, other_types: np.ndarray, n_markers: int = 20
-) -> float | None:
-    """Share of the top markers of each type that two samples have in common, averaged over the types.
+def top_markers(expression: sp.csr_matrix, types: np.ndarray, n_markers: int = 20) -> dict[str, frozenset[int]]:
+    """Find the best marker genes of every type with at least ten cells.
 
     Parameters
     ----------
-    real, other
-        Log-normalised cells, (cells, genes) with the same genes.
-    real_types, other_types
+    expression
+        Log-normalised cells, (cells, genes).
+    types
         Predicted type of every cell.
     n_markers
-        Number of top-scoring genes per type.
+        Number of genes per type, best t-test score against all other cells.
 
     Returns
     -------
-    Mean overlap, 0…1, over types with at least ten cells in both samples; None when there are fewer than two.
+    Type → column numbers; empty when fewer than two types are left.
     """
-    sizes = [pd.Series(x.astype(str)).value_counts() for x in (real_types, other_types)]
-    names = sorted(name for name, n in sizes[0].items() if min(n, sizes[1].get(name, 0)) >= _MIN_CELLS_TO_RANK)
-    if len(names) < 2:
-        return None
-    top = [
-        rank_markers(x, types, names, n_markers).groupby("group")["names"].apply(set)
-        for x, types in ((real, real_types), (other, other_types))
-    ]
-    return float(np.mean([len(top[0][name] & top[1][name]) / n_markers for name in names]))
+    sizes = pd.Series(types.astype(str)).value_counts()
+    names = sorted(sizes.index[sizes >= _MIN_CELLS_TO_RANK])
+    if len(sizes) < 2 or not names:
+        return {}
+    table = rank_markers(expression, types, names, n_markers)
+    return {name: frozenset(table.loc[table["group"] == name, "names"]) for name in names}
+
+
+def marker_overlap(real: dict[str, frozenset[int]], other: dict[str, frozenset[int]]) -> float | None:
+    """Average, over the types in both, the share of marker genes in common; None with fewer than two such types."""
+    names = sorted(real.keys() & other.keys())
+    return (
+        float(np.mean([len(real[name] & other[name]) / len(real[name]) for name in names])) if len(names) > 1 else None
+    )
 
 
 def marker_genes(expression: sp.csr_matrix, types: np.ndarray, most: int) -> list[int]:
     """Choose one telling gene for each of the most frequent types of real cells.
 
-    Among the 50 best genes of a type by t-test, the one whose share of expressing cells differs most from the other cells.
+    Among the 50 best genes of a type by t-test, the one whose share of expressing cells differs most from the others.
 
     Parameters
     ----------

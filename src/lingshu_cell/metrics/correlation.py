@@ -27,10 +27,10 @@ def expressed_genes(counts: sp.csr_matrix, most: int) -> np.ndarray:
 def compare_correlations(reference: np.ndarray, cells: np.ndarray, order: np.ndarray) -> CorrelationComparison | None:
     """Compare the gene-gene correlations of some cells with those of reference cells of the same type.
 
-    Over the pairs of genes i < j, with c of the cells, r of all reference cells and r', r'' of two random halves of them:
-    error = sqrt(mean (c_ij - r_ij)²), which has a floor from the finite number of cells, and
-    slope = Σ c_ij (r'_ij + r''_ij) / 2 Σ r'_ij r''_ij, which is 1 on average for the reference's own distribution at any
-    number of cells (the halves remove the noise of r from the denominator) and 0 for independent genes.
+    Over the pairs of genes i < j, with c of the cells, r of all reference cells and r', r'' of two random halves of
+    them: error = sqrt(mean (c_ij - r_ij)²), which has a floor from the finite number of cells, and
+    slope = Σ c_ij (r'_ij + r''_ij) / 2 Σ r'_ij r''_ij, which is 1 on average for the reference's own distribution at
+    any number of cells (the halves remove the noise of r from the denominator) and 0 for independent genes.
 
     Parameters
     ----------

@@ -11,8 +11,8 @@ def doublet_rates(
 ) -> tuple[float, float] | None:
     """Share of generated and of held-out real cells that look more like doublets than most reference cells.
 
-    One run of Scrublet (scanpy) scores all cells together; the threshold is the score that ``expected_rate`` of the reference
-    cells exceed, since the automatic threshold is unstable for a few hundred cells.
+    One run of Scrublet (scanpy) scores all cells together; the threshold is the score that at most ``expected_rate`` of
+    the reference cells exceed, since the automatic threshold is unstable for a few hundred cells.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def doublet_rates(
     if adata.n_obs < 50 or adata.n_vars < 50:
         return None
     with warnings.catch_warnings():
-        # A threshold of 1 calls no doublet, which makes Scrublet's own summary divide by zero; only the scores are used.
+        # A threshold of 1 calls no doublet, which makes Scrublet's summary divide by zero; only scores are used.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="scanpy")
         n_components = min(30, min(adata.shape) // 2)
         sc.pp.scrublet(

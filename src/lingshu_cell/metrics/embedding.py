@@ -1,4 +1,4 @@
-"""Normalised expression, principal components fitted on reference cells only, and a two-dimensional map for pictures."""
+"""Normalised expression, principal components fitted on reference cells only, and a map for pictures."""
 
 import warnings
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def mean_log_expression(counts: sp.csr_matrix, target_sum: float) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class PcaSpace:
-    """Principal axes of log-normalised reference cells: genes used, axes (components, genes used), mean (genes used,)."""
+    """Axes (components, genes used) and mean (genes used,) of log-normalised reference cells, and the genes used."""
 
     genes: np.ndarray
     axes: np.ndarray

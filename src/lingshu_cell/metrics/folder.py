@@ -15,7 +15,8 @@ import pandas as pd
 from lingshu_cell.errors import LingshuError
 
 _PACKAGES = (
-    "lingshu-cell", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn", "scib-metrics", "jax", "umap-learn",
+    "lingshu-cell", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn", "scib-metrics", "jax",
+    "umap-learn", "numba",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 from scipy.stats import pearsonr, spearmanr
 
 _CELLS_PER_CHUNK = 4096
-_BINS = 10
+_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -85,56 +85,67 @@ def wasserstein_per_gene(a: sp.csr_matrix, b: sp.csr_matrix) -> np.ndarray:
     return distance / a.shape[0]
 
 
-def fit_mean_variance_trend(counts: sp.csr_matrix, min_mean: float) -> np.ndarray:
-    """Fit log variance as a cubic polynomial of log mean over the genes of real cells.
+@dataclass(frozen=True, eq=False)
+class MeanVarianceTrend:
+    """Log variance as a polynomial of log mean, and ten groups of genes (column numbers) of similar mean."""
+
+    coefficients: np.ndarray
+    groups: tuple[np.ndarray, ...]
+
+
+def fit_mean_variance_trend(counts: sp.csr_matrix, min_mean: float) -> MeanVarianceTrend | None:
+    """Fit log variance as a cubic polynomial of log mean over the genes of real reference cells.
 
     Parameters
     ----------
     counts
-        Raw counts of real cells, (cells, genes).
+        Raw counts of reference cells, (cells, genes).
     min_mean
         Genes with a lower mean count are left out, above 0.
 
     Returns
     -------
-    Coefficients for ``numpy.polyval``.
+    MeanVarianceTrend, or None when fewer than ten genes qualify.
     """
     moments = gene_moments(counts)
-    used = (moments.mean >= min_mean) & (moments.variance > 0)
-    degree = max(0, min(3, int(used.sum()) - 1))
-    return np.polyfit(np.log(moments.mean[used]), np.log(moments.variance[used]), degree) if used.any() else np.zeros(1)
+    used = np.flatnonzero((moments.mean >= min_mean) & (moments.variance > 0))
+    if used.size < _GROUPS:
+        return None
+    used = used[np.argsort(moments.mean[used], kind="stable")]
+    coefficients = np.polyfit(np.log(moments.mean[used]), np.log(moments.variance[used]), 3)
+    return MeanVarianceTrend(coefficients, tuple(np.array_split(used, _GROUPS)))
 
 
 def mean_variance_error(
-    real: sp.csr_matrix, other: sp.csr_matrix, trend: np.ndarray, min_mean: float
+    real: sp.csr_matrix, other: sp.csr_matrix, trend: MeanVarianceTrend
 ) -> tuple[float | None, float | None]:
     """Compare the mean-variance relation of two samples.
 
-    With r(gene) = log variance - trend(log mean), each gene judged at its own mean, the difference of r is averaged in ten
-    bins of genes of similar mean, which removes most of the sampling noise of single genes; the error is the mean absolute
-    value over the bins and the bias their signed mean.
+    With r(gene) = log variance - trend(log mean), each gene judged at its own mean, r_other - r_real is averaged in ten
+    groups of genes of similar mean, which removes most of the sampling noise of single genes; the error is the mean
+    absolute value over the groups and the bias their signed mean. The groups come from reference cells: genes chosen by
+    their mean in one of the samples would regress to the mean in the other.
 
     Parameters
     ----------
     real, other
         Raw counts, (cells, genes) with the same genes.
     trend
-        Coefficients of :func:`fit_mean_variance_trend`.
-    min_mean
-        Genes with a lower mean count in ``real`` or without spread in either sample are left out.
+        Trend and groups of :func:`fit_mean_variance_trend`; genes without spread in either sample are left out.
 
     Returns
     -------
-    Error (0 = same relation) and bias (negative = too little spread), in nats; None when fewer than ten genes qualify.
+    Error (0 = same relation) and bias (negative = too little spread), in nats; None when a group has no gene left.
     """
     x, y = gene_moments(real), gene_moments(other)
-    used = (x.mean >= min_mean) & (x.variance > 0) & (y.variance > 0)
-    if used.sum() < _BINS:
+    varies = (x.variance > 0) & (y.variance > 0)
+    differences = []
+    for group in (genes[varies[genes]] for genes in trend.groups):
+        r_x, r_y = (np.log(z.variance[group]) - np.polyval(trend.coefficients, np.log(z.mean[group])) for z in (x, y))
+        differences.append(float((r_y - r_x).mean()) if group.size else np.nan)
+    if np.isnan(differences).any():
         return None, None
-    residuals = [np.log(z.variance[used]) - np.polyval(trend, np.log(z.mean[used])) for z in (x, y)]
-    order = np.argsort(x.mean[used], kind="stable")
-    bins = [part.mean() for part in np.array_split((residuals[1] - residuals[0])[order], _BINS)]
-    return float(np.abs(bins).mean()), float(np.mean(bins))
+    return float(np.abs(differences).mean()), float(np.mean(differences))
 
 
 def shuffle_genes(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:

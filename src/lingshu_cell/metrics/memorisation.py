@@ -38,9 +38,12 @@ def cell_fingerprints(counts: sp.csr_matrix) -> np.ndarray:
     -------
     Object array of 16-byte digests.
     """
-    indices, data = counts.indices.astype(np.int64), counts.data.astype(np.int64)
-    spans = zip(counts.indptr[:-1], counts.indptr[1:], strict=True)
-    digests = [hashlib.blake2b(indices[i:j].tobytes() + data[i:j].tobytes(), digest_size=16).digest() for i, j in spans]
+
+    def digest(start: int, end: int) -> bytes:
+        indices, data = (x[start:end].astype(np.int64) for x in (counts.indices, counts.data))
+        return hashlib.blake2b(indices.tobytes() + data.tobytes(), digest_size=16).digest()
+
+    digests = [digest(start, end) for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True)]
     return np.array(digests, dtype=object)
 
 

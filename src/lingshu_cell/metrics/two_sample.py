@@ -84,8 +84,8 @@ def ilisi(a: np.ndarray, b: np.ndarray) -> float:
     return float(ilisi_knn(NeighborsResults(indices=indices, distances=distances), side))
 
 
-def forest_auc(a: np.ndarray, b: np.ndarray, seed: int) -> float:
-    """Try to tell two samples apart with a random forest of 100 trees.
+def forest_auc(a: np.ndarray, b: np.ndarray, seed: int, n_trees: int) -> float:
+    """Try to tell two samples apart with a random forest.
 
     Parameters
     ----------
@@ -93,6 +93,8 @@ def forest_auc(a: np.ndarray, b: np.ndarray, seed: int) -> float:
         Features, (cells, features), at least five cells each.
     seed
         Folds and trees.
+    n_trees
+        Trees of the forest of each fold; 50 lose about .02 of AUC against 200.
 
     Returns
     -------
@@ -100,11 +102,11 @@ def forest_auc(a: np.ndarray, b: np.ndarray, seed: int) -> float:
     """
     from sklearn.ensemble import RandomForestClassifier
 
-    return _cross_validated_auc(RandomForestClassifier(100, random_state=seed), a, b, seed)
+    return _cross_validated_auc(RandomForestClassifier(n_trees, random_state=seed), a, b, seed)
 
 
 def logistic_auc(a: np.ndarray, b: np.ndarray, seed: int) -> float:
-    """Try to tell two samples apart with a logistic regression on standardised features; parameters as in forest_auc."""
+    """Try to tell two samples apart with a logistic regression on standardised features; see :func:`forest_auc`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

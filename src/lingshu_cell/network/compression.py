@@ -41,8 +41,8 @@ class GeneGroups(nn.Module):
 class Compressor(nn.Module):
     """S·D → D: embed the S tokens of a group, flatten, and map with one linear layer shared by all groups.
 
-    The two linear maps are applied as one table of S × T rows of width D, looked up and summed: the same function and the
-    same parameters, at 1/S of the memory and a fraction of the arithmetic.
+    The two linear maps are applied as one table of S × T rows of width D, looked up and summed: the same function and
+    the same parameters, at 1/S of the memory and a fraction of the arithmetic.
     """
 
     def __init__(self, width: int, genes_per_group: int) -> None:
@@ -62,8 +62,8 @@ class Compressor(nn.Module):
 class Decompressor(nn.Module):
     """D → S·D → V: spread a group's token over its S genes, then one linear head shared by all genes.
 
-    As nothing lies between the two maps, their product (S × V × D) is formed once a step and applied only to the genes asked
-    for, in fp32, so that logits of all genes × all tokens never exist.
+    As nothing lies between the two maps, their product (S × V × D) is formed once a step and applied only to the
+    genes asked for, in fp32, so that logits of all genes × all tokens never exist.
     """
 
     def __init__(self, width: int, genes_per_group: int) -> None:

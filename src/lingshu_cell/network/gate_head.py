@@ -1,13 +1,18 @@
 """Gate-and-values head: the same categorical over 281 tokens as a tree, paid for only where counts are not zero.
 
-A cell has about 90 % zeros. The head first says zero or not for every gene (one low-rank matmul), then, only for the genes
-that are not zero, which of 1, 2, …, K - 1, "K or more", and only for those of K and more, which token exactly. The product of
-the three is a categorical distribution over all tokens (method notes, section 7, point 7; a test compares it with the sum).
+A cell has about 90 % zeros. The head first says zero or not for every gene (one low-rank matmul), then, only for the
+genes that are not zero, which of 1, 2, …, K - 1, "K or more", and only for those of K and more, which token exactly.
+The product of the three is a categorical distribution over all tokens (method notes, section 7, point 7; a test
+compares it with the sum).
 
-Shapes: B cells, G genes, D trunk width, E gene width, M positions, K small values, W value width, V = 281.
+Values are exponential families: each gene has a base measure, started at its own frequencies, and the cell tilts it
+along a few statistics of the count (log v, v, log² v: enough for a Poisson, a negative binomial or a log-normal to
+change its mean and its width). The tilt of gene g is an inner product with the code U_g that the gate uses too, so
+what is learned of a gene from its zeros serves its values.
+
+Shapes: B cells, G genes, D trunk width, E gene width, M positions, K small values, J statistics, L tokens from K up,
+V = 281.
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +21,35 @@ from torch.nn import functional as F
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
+_N_STATISTICS = 3
+_TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
+_DENSE_FROM = 100  # below 1 position in 100, gathered rows cost less than one dense product
+
 
 class GateHead(nn.Module):
     """From one hidden vector per cell to a distribution per gene.
 
-    * gate: logit p(x_g > 0) = U_g · (W h) + b_g
-    * small values: logits over 1 … K-1 and "K or more" = T (q(h) ⊙ s_g) + c_g
-    * large values: logits over the tokens K … 280 = L (r(h) + l_g) + d
+    * gate: logit p(x_g > 0) = u(h) · U_g + b_g
+    * small values: log p(v) = c_gv + Σ_j (q_j(h) · U_g + s_gj) S_j(v) + constant, v = 1 … K-1 and "K or more"
+    * tail: log p(v | v ≥ K) = d_v + Σ_j (r_j(h) · U_g + t_gj) T_j(v) + constant, v = tokens K … 280
     """
 
-    def __init__(self, n_genes: int, width: int, gene_width: int, value_width: int, n_small_values: int) -> None:
+    def __init__(self, n_genes: int, width: int, gene_width: int, n_small_values: int, count_of_token: Tensor) -> None:
         super().__init__()
-        n_large = N_EXPRESSION_TOKENS - n_small_values
-        self.n_small_values = n_small_values
+        n_tail = N_EXPRESSION_TOKENS - n_small_values
+        self.n_small_values, self.gene_width = n_small_values, gene_width
+        self.register_buffer("tail_count_L", count_of_token[n_small_values:].float(), persistent=False)
+        self.gene_GE = nn.Parameter(torch.empty(n_genes, gene_width))
         self.gate_query = nn.Linear(width, gene_width)
-        self.gate_GE = nn.Parameter(torch.empty(n_genes, gene_width))
         self.gate_bias_G = nn.Parameter(torch.zeros(n_genes))
-        self.small_query = nn.Linear(width, value_width)
-        self.small_scale_GW = nn.Parameter(torch.empty(n_genes, value_width))
-        self.small_basis_KW = nn.Parameter(torch.empty(n_small_values, value_width))
+        self.small_query = nn.Linear(width, _N_STATISTICS * gene_width, bias=False)
+        self.small_bias_GJ = nn.Parameter(torch.zeros(n_genes, _N_STATISTICS))
         self.small_bias_GK = nn.Parameter(torch.zeros(n_genes, n_small_values))
-        self.large_query = nn.Linear(width, value_width)
-        self.large_code_GW = nn.Parameter(torch.zeros(n_genes, value_width))
-        self.large_basis_VW = nn.Parameter(torch.empty(n_large, value_width))
-        self.large_bias_V = nn.Parameter(torch.zeros(n_large))
+        self.small_statistic_JK = nn.Parameter(torch.zeros(_N_STATISTICS, n_small_values))
+        self.tail_query = nn.Linear(width, _N_STATISTICS * gene_width, bias=False)
+        self.tail_bias_GJ = nn.Parameter(torch.zeros(n_genes, _N_STATISTICS))
+        self.tail_statistic_JL = nn.Parameter(torch.zeros(_N_STATISTICS, n_tail))
+        self.tail_bias_L = nn.Parameter(torch.zeros(n_tail))
 
     def forward(self, h_BD: Tensor) -> "GatedDistribution":
         """Answer for every gene; heads run in fp32 whatever the trunk's precision."""
@@ -48,29 +58,28 @@ class GateHead(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Start small, with the first directions of the value bases as smooth functions of the count."""
-        for parameter, std in (
-            (self.gate_query.weight, self.gate_query.in_features**-0.5),
-            (self.gate_GE, 0.01),
-            (self.small_scale_GW, 0.1),
-            (self.small_basis_KW, 0.1),
-            (self.large_basis_VW, 0.05),
-        ):
-            parameter.normal_(0.0, std, generator=generator)
-        for linear in (self.small_query, self.large_query):
-            linear.weight.zero_()
-            linear.bias.zero_()
+        """Start without tilt, with statistics that let a Poisson, a negative binomial or a log-normal move and
+        widen.
+        """
+        self.gene_GE.normal_(0.0, 0.01, generator=generator)
+        self.gate_query.weight.normal_(0.0, self.gate_query.in_features**-0.5, generator=generator)
         self.gate_query.bias.zero_()
-        log_small_K = torch.log(torch.arange(1.0, self.n_small_values + 1))
-        self.small_basis_KW[:, :2] = torch.stack([log_small_K, log_small_K**2 / 2], dim=1)
-        log_large_V = torch.linspace(math.log(self.n_small_values), math.log(1e4), N_EXPRESSION_TOKENS - self.n_small_values)
-        self.large_basis_VW[:, :2] = torch.stack([log_large_V, log_large_V**2 / 4], dim=1)
+        self.small_query.weight.zero_()
+        self.tail_query.weight.zero_()
+        v = torch.arange(1.0, self.n_small_values + 1)
+        log_v = v.log() - v.log().mean()
+        self.small_statistic_JK.copy_(torch.stack([log_v, (v - v.mean()) / 4, log_v**2 - (log_v**2).mean()]))
+        z = self.tail_count_L.log() - _TAIL_CENTRE
+        self.tail_statistic_JL.copy_(torch.stack([2 * z, 5 * z**2, (self.tail_count_L / 30).clamp_max(20)]))
+        # A smooth density over counts becomes bin probabilities through the bins' widths, 1, 10, 100 and more.
+        self.tail_bias_L.copy_(torch.gradient(self.tail_count_L.double())[0].clamp_min(1).log())
 
     @torch.no_grad()
     def start_at_frequencies(self, token_counts_GV: Tensor, pseudocount: float = 10.0, neighbours: int = 200) -> None:
         """Set the biases so that the untrained head gives each gene's own token frequencies.
 
-        The values of a gene are shrunk towards those of the genes with the nearest mean, worth ``pseudocount`` cells.
+        The small values of a gene are shrunk towards those of the genes with the nearest mean, worth ``pseudocount``
+        cells; its tail is a log-normal by moments, shrunk towards the tail of all genes.
 
         Parameters
         ----------
@@ -79,10 +88,9 @@ class GateHead(nn.Module):
         """
         counts = token_counts_GV.float()
         n_cells_G = counts.sum(1)
-        detected_G = (n_cells_G - counts[:, 0] + 0.5) / (n_cells_G + 1)
-        self.gate_bias_G.copy_(torch.logit(detected_G))
-        small, large = counts[:, 1 : self.n_small_values], counts[:, self.n_small_values :]
-        small_GK = torch.cat([small, large.sum(1, keepdim=True)], dim=1)
+        self.gate_bias_G.copy_(torch.logit((n_cells_G - counts[:, 0] + 0.5) / (n_cells_G + 1)))
+        small, tail_GL = counts[:, 1 : self.n_small_values], counts[:, self.n_small_values :]
+        small_GK = torch.cat([small, tail_GL.sum(1, keepdim=True)], dim=1)
         overall_K = (small_GK.sum(0) + 0.1) / (small_GK.sum(0) + 0.1).sum()
         value_K = torch.arange(1.0, self.n_small_values + 1)
         by_mean = torch.argsort(((small_GK * value_K).sum(1) + 1) / (small_GK.sum(1) + 1), stable=True)
@@ -93,8 +101,20 @@ class GateHead(nn.Module):
         prior_GK = torch.empty_like(near).index_copy_(0, by_mean, near)
         frequency = (small_GK + pseudocount * prior_GK) / (small_GK.sum(1, keepdim=True) + pseudocount)
         self.small_bias_GK.copy_(frequency.log())
-        tail_V = large.sum(0) + 0.02
-        self.large_bias_V.copy_((tail_V / tail_V.sum()).log())
+        self._start_tails(tail_GL)
+
+    def _start_tails(self, tail_GL: Tensor, pseudocount: float = 5.0) -> None:
+        log_L = self.tail_count_L.log().cpu()
+        n_G = tail_GL.sum(1)
+        mean_G = tail_GL @ log_L / n_G.clamp_min(1)
+        square_G = (tail_GL * (log_L - mean_G[:, None]) ** 2).sum(1)
+        overall = (tail_GL.sum(0) @ log_L) / n_G.sum().clamp_min(1) if n_G.sum() > 0 else log_L[0]
+        spread = (tail_GL.sum(0) @ (log_L - overall) ** 2) / n_G.sum().clamp_min(1) + 0.01
+        mean_G = (mean_G * n_G + overall * pseudocount) / (n_G + pseudocount)
+        variance_G = (square_G + spread * pseudocount) / (n_G + pseudocount) + 0.01
+        # log N(log v; mean, variance) in the statistics 2 z and 5 z², z = log v - centre
+        self.tail_bias_GJ[:, 0] = (mean_G - _TAIL_CENTRE) / variance_G / 2
+        self.tail_bias_GJ[:, 1] = -1 / (2 * variance_G) / 5
 
 
 class GatedDistribution(CountDistribution):
@@ -103,11 +123,10 @@ class GatedDistribution(CountDistribution):
     def __init__(self, head: GateHead, h_BD: Tensor) -> None:
         self._head, self._h_BD = head, h_BD
         self._gate_BE = head.gate_query(h_BD)
-        self._small_BW = head.small_query(h_BD)
 
     def gate_logits(self) -> Tensor:
         """Logit of p(x_g > 0), B × G, float32."""
-        return torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gate_GE.T)
+        return torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`."""
@@ -119,17 +138,17 @@ class GatedDistribution(CountDistribution):
         value_M = nonzero.of(x_0_BG).long()
         small_M = F.cross_entropy(self._small_logits(nonzero), value_M.clamp_max(k) - 1, reduction="none")
         nll_B = nll_B.index_add(0, nonzero.cell_M, small_M)
-        large = value_M >= k
-        tail = nonzero[large]
-        tail_M = F.cross_entropy(self._large_logits(tail), value_M[large] - k, reduction="none")
+        in_tail = value_M >= k
+        tail = nonzero[in_tail]
+        tail_M = F.cross_entropy(self._tail_logits(tail), value_M[in_tail] - k, reduction="none")
         return nll_B.index_add(0, tail.cell_M, tail_M)
 
     def log_probabilities(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_probabilities`."""
         gate_M1 = self._gate_logits_at(positions)[:, None]
         small_MK = torch.log_softmax(self._small_logits(positions), -1) + F.logsigmoid(gate_M1)
-        large_MV = torch.log_softmax(self._large_logits(positions), -1) + small_MK[:, -1:]
-        return torch.cat([F.logsigmoid(-gate_M1), small_MK[:, :-1], large_MV], dim=1)
+        tail_MV = torch.log_softmax(self._tail_logits(positions), -1) + small_MK[:, -1:]
+        return torch.cat([F.logsigmoid(-gate_M1), small_MK[:, :-1], tail_MV], dim=1)
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw`; values are drawn only for the genes that come out non-zero."""
@@ -148,18 +167,35 @@ class GatedDistribution(CountDistribution):
         below_T = p_MK[tail, :-1].sum(1)
         # Given that the uniform fell into the last category, where it fell inside is uniform again.
         inside_T = ((uniform_M[tail] - below_T) / (1 - below_T).clamp_min(1e-7)).clamp(0, 1 - 2**-24)
-        value_M[tail] = k + invert_cdf(self._large_logits(positions[tail]), inside_T)
+        value_M[tail] = k + invert_cdf(self._tail_logits(positions[tail]), inside_T)
         return value_M
 
     def _gate_logits_at(self, positions: Positions) -> Tensor:
-        return positions.of(self.gate_logits())
+        n_all = self._gate_BE.shape[0] * self._head.gene_GE.shape[0]
+        if len(positions) > n_all // _DENSE_FROM:
+            return positions.of(self.gate_logits())
+        codes_ME = self._head.gene_GE[positions.gene_M]
+        return (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
-        query_MW = self._small_BW[positions.cell_M] * head.small_scale_GW[positions.gene_M]
-        return F.linear(query_MW, head.small_basis_KW) + head.small_bias_GK[positions.gene_M]
+        tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ[positions.gene_M]
+        return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK[positions.gene_M]
 
-    def _large_logits(self, positions: Positions) -> Tensor:
+    def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
-        query_MW = head.large_query(self._h_BD)[positions.cell_M] + head.large_code_GW[positions.gene_M]
-        return F.linear(query_MW, head.large_basis_VW, head.large_bias_V)
+        tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ[positions.gene_M]
+        return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
+
+    def _tilt(self, query: nn.Linear, positions: Positions) -> Tensor:
+        """q_j(h) · U_g at the positions, M × J: one dense product where many are asked for, gathered rows where few
+        are.
+        """
+        query_BJE = query(self._h_BD).unflatten(1, (_N_STATISTICS, -1))
+        codes_GE = self._head.gene_GE
+        if len(positions) > len(query_BJE) * len(codes_GE) // _DENSE_FROM:
+            tilt_BGJ = (
+                torch.matmul(query_BJE.flatten(0, 1), codes_GE.T).unflatten(0, (-1, _N_STATISTICS)).transpose(1, 2)
+            )
+            return tilt_BGJ[positions.cell_M, positions.gene_M]
+        return torch.einsum("mje,me->mj", query_BJE[positions.cell_M], codes_GE[positions.gene_M])

@@ -22,8 +22,12 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-def rotary_angles(n_positions: int, head_width: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embedding, each P × head_width / 2, float32 (Su et al. 2021, arXiv 2104.09864)."""
+def rotary_angles(
+    n_positions: int, head_width: int, device: torch.device, base: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary position embedding, each P × head_width / 2, float32 (Su et al. 2021, arXiv
+    2104.09864).
+    """
     frequency = base ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
     angle = torch.arange(n_positions, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()

@@ -2,8 +2,8 @@
 
 Shapes: B cells, G genes, P gene groups, C conditions, D width, T input tokens.
 
-Where the paper is silent we chose: condition tokens take the first rotary positions; matrices start at N(0, 0.02²), those
-that write into the residual stream at 0.02 / √(2 · blocks); an unknown condition has a token of its own.
+Where the paper is silent we chose: condition tokens take the first rotary positions; matrices start at N(0, 0.02²),
+those that write into the residual stream at 0.02 / √(2 · blocks); an unknown condition has a token of its own.
 """
 
 import torch

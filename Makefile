@@ -1,0 +1,63 @@
+# make demo | make test do all the set-up; make help lists the rest.
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench gpu lint clean install browser
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := torch==2.13.0
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+# Constraints hold what was tested together, on Python 3.11.
+CONSTRAINTS = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+
+export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+export THP_MEM_ALLOC_ENABLE ?= 1
+
+help:
+	@echo "make demo   train, generate, evaluate and report on bundled blood cells, in demo-run/"
+	@echo "make test   the quick tests"
+	@echo "make bench  the tests that take minutes"
+	@echo "make gpu    the tests that need a CUDA device"
+	@echo "make lint   style"
+	@echo "make clean  remove the virtual environment and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or later is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 1; }
+	@test -n "$(CONSTRAINTS)" || echo "note: not Python 3.11, so versions are not pinned by constraints.txt"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[evaluate,test]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/lingshu demo --out demo-run --overwrite
+
+# The tests of the report look at it in a browser; without one they skip and say so.
+browser:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || [ -n "$$LINGSHU_CHROMIUM" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1 \
+	  || echo "note: Chromium could not be installed; the browser tests will be skipped"; \
+	else echo "note: no Chromium and no way to install it; the browser tests will be skipped"; fi
+
+test: $(STAMP) browser
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,108 @@
+"""One-way imports: a module imports only from rows below its own, and no module may be missing from the map."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
+PACKAGE = SOURCE.name
+
+ROWS = (  # from the bottom up
+    "errors tokens datasets data network diffusion metrics",
+    "config",
+    "data.counts data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.randomness diffusion.schedule "
+    "network.distribution network.layers",
+    "data.anndata_io diffusion.loss diffusion.sampler network.compression network.gate_head",
+    "data.training_set network.set_denoiser network.transformer_denoiser",
+    "network.denoiser",
+    "checkpoint ema history evaluation_folder figures judgement metrics.catalogue metrics.cell_types metrics.clock "
+    "metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.folder metrics.genes metrics.inputs "
+    "metrics.memorisation metrics.two_sample",
+    "evaluate generate report run_config train",
+    "console demo model",
+    "",  # the package itself, lingshu_cell/__init__.py
+    "cli",
+)
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()} | {"": ROWS.index("")}
+PURE = ("diffusion", "network")
+JUDGES = ("evaluate", "evaluation_folder", "figures", "judgement", "metrics", "report")
+
+
+def modules() -> dict[str, Path]:
+    """Every module under its name without the package, ``""`` being the package."""
+    found = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+@cache
+def imports(name: str) -> tuple[set[str], set[str]]:
+    """Modules of ours, and top-level names of others, that a module imports anywhere in its text."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative imports hide where they lead"
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+            targets = [t if t.removeprefix(f"{PACKAGE}.") in MODULES else str(node.module) for t in targets]
+        elif isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            first, _, rest = target.partition(".")
+            (ours if first == PACKAGE else others).add(rest if first == PACKAGE else first)
+    return ours - {name}, others
+
+
+@cache
+def reached(name: str) -> set[str]:
+    """All modules of ours that a module imports, directly or through others."""
+    todo, seen = [name], set()
+    while todo:
+        new = imports(todo.pop())[0] - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+def within(name: str, places: tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def test_the_map_holds_every_module_and_no_other():
+    assert set(ROW_OF) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_come_from_rows_below(name):
+    sideways_or_up = sorted(other for other in imports(name)[0] if ROW_OF[other] >= ROW_OF[name])
+    assert not sideways_or_up, f"{name or PACKAGE} (row {ROW_OF[name]}) imports {sideways_or_up}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if within(name, PURE)))
+def test_mathematics_is_pure(name):
+    assert imports(name)[1] <= {"torch", "numpy", "math", "abc", "collections", "dataclasses"}
+    assert all(within(other, (*PURE, "errors", "tokens", "config")) for other in imports(name)[0])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if within(name, JUDGES)))
+def test_judging_needs_no_network(name):
+    for module in {name, *reached(name)}:
+        assert not within(module, PURE), f"{name} reaches {module}"
+        assert "torch" not in imports(module)[1], f"{name} reaches torch through {module}"
+
+
+def test_training_never_reaches_the_sampler():
+    assert "diffusion.sampler" not in reached("train")
+
+
+def test_a_violation_would_be_seen():
+    assert "generate" in imports("model")[0] and "diffusion.sampler" in reached("model")
+    assert "torch" in imports("train")[1]
