@@ -24,7 +24,7 @@ TINY_TRANSFORMER = {
 
 
 def real_cells(n_cells: int, n_genes: int, least_detected: int = 3) -> ad.AnnData:
-    """Take every k-th cell of PBMC 3k and genes spread evenly from the most detected to those in ``least_detected`` cells."""
+    """Take every k-th cell of PBMC 3k, and genes spread evenly from the most to the least detected."""
     adata = ad.read_h5ad(pbmc3k_path())
     adata = adata[:: adata.n_obs // n_cells][:n_cells]
     n_detected = np.asarray((adata.X > 0).sum(0)).ravel()

@@ -127,7 +127,7 @@ def test_a_manifest_that_is_none_is_refused(saved, content):
 def test_an_edited_manifest_is_refused(saved):
     file = saved / "manifest.json"
     file.write_text(file.read_text(encoding="utf-8").replace("GAPDH", "TP53"), encoding="utf-8")
-    with pytest.raises(LingshuError, match="manifest.json does not match its checksum"):
+    with pytest.raises(LingshuError, match=r"manifest.json does not match its checksum"):
         load_checkpoint(saved)
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_old_one_whole_and_says_so(saved):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(LingshuError, match="run folder must be writable: .* Free some space or change --out"):
+        with pytest.raises(LingshuError, match=r"run folder must be writable: .* Free some space or change --out"):
             save_checkpoint(saved.parent, 24, large, MANIFEST)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -215,7 +215,7 @@ MISTAKES = {
         ["train", "cells.h5ad", "--out", "x", "--condition-key", "cell_type", "--no-conditions"],
         "error: Conditions are given or not",
     ),
-    "nothing to resume": (["train", "cells.h5ad", "--out", "x", "--resume"], "error: --resume needs a run to go on with"),
+    "nothing to resume": (["train", "cells.h5ad", "--out", "new", "--resume"], "error: --resume needs a run to go on with"),
     "other preset": (
         ["train", "cells.h5ad", "--out", "run", "--resume", "--preset", "paper"],
         "error: A resumed run keeps its preset: it has 'small', not 'paper'.",

@@ -22,7 +22,7 @@ def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel):
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.10])
 @pytest.mark.parametrize("every", [1, 4])
 def test_average_is_the_explicit_one_over_the_trajectory(sigma_rel, every):
-    """Step i weighs (i/t)^(γ+1) - ((i - every)/t)^(γ+1), the integral of the profile (γ+1) τ^γ over its stretch of time."""
+    """Step i weighs (i/t)^(γ+1) - ((i - every)/t)^(γ+1): the profile (γ+1) τ^γ integrated over its stretch of time."""
     trajectory = np.random.default_rng(0).normal(size=(40, 3)).cumsum(0)
     parameters = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(1, dtype=torch.float64)}
     ema = PowerEma(sigma_rel, parameters)

@@ -1,6 +1,6 @@
 """Training learns, repeats itself bit for bit, survives interruption, and stops when it diverges.
 
-``python tests/test_train.py`` writes the golden losses anew; do so only when the method changes on purpose, and say why.
+``python tests/test_train.py`` writes the golden losses anew; only when the method changes on purpose, with the reason.
 """
 
 import csv
@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lingshu_cell.history import lock_run
 from lingshu_cell.train import Progress, TrainingResult, learning_rate, pick_device, train
 
 GOLDEN = Path(__file__).parent / "golden"
-# fp32 sums round differently with other vector units, thread counts and torch versions: about 1e-6 a step, amplified by
+# fp32 sums round differently with other vector units, thread counts and torch versions: about 1e-6 a step, grown by
 # 20 optimiser steps (Adam divides by small second moments) to about 1e-4; any change of the method moves losses by more.
 GOLDEN_TOLERANCE = 2e-3
 TENSOR_FILES = ("weights", "buffers", "ema_0.05", "ema_0.10", "optimizer", "data")
@@ -145,7 +146,7 @@ def test_second_ctrl_c_stops_at_once(pbmc, tmp_path):
     ],
 )
 def test_resuming_under_other_settings_is_refused(trained_run, pbmc, change, named):
-    with pytest.raises(LingshuError, match=f"data and settings it began with: changed: '{named}'"):
+    with pytest.raises(LingshuError, match=rf"data and settings it began with: changed: '{named}'"):
         train([pbmc], trained_run, tiny_config(**change), resume=True)
 
 
@@ -161,13 +162,13 @@ def test_outputs_that_exist_and_runs_that_do_not_are_refused(trained_run, pbmc, 
         LingshuError, match=r"A new run needs a new folder: .* exists\. Pass --resume, or another --out"
     ):
         train([pbmc], trained_run, tiny_config())
-    with pytest.raises(LingshuError, match="--resume needs a run to go on with: .* does not exist"):
+    with pytest.raises(LingshuError, match=r"--resume needs a run to go on with: .* does not exist"):
         train([pbmc], tmp_path / "absent", tiny_config(), resume=True)
 
 
 def test_two_trainings_in_one_folder_are_refused(pbmc, tmp_path):
     (tmp_path / "run").mkdir()
-    with lock_run(tmp_path / "run"), pytest.raises(LingshuError, match="one training at a time: .* is in use"):
+    with lock_run(tmp_path / "run"), pytest.raises(LingshuError, match=r"one training at a time: .* is in use"):
         train([pbmc], tmp_path / "run", tiny_config(), resume=True)
 
 
@@ -275,7 +276,7 @@ def golden_run(preset: str, run: Path) -> dict[str, list[float]]:
     config = tiny_config(preset, training={"validate_every": 1, "precision": "fp32"})
     train([real_cells(240, 150)], run, config, on_progress=lambda progress: smooth.append(progress.loss))
     rows = history(run)
-    raw = [smooth[0]] + [(now - 0.98 * before) / 0.02 for before, now in zip(smooth, smooth[1:], strict=False)]
+    raw = [smooth[0]] + [(now - 0.98 * before) / 0.02 for before, now in pairwise(smooth)]
     return {
         "loss_nats_per_cell": raw,
         "validation_nelbo_nats_per_cell": [float(row["validation_nelbo"]) for row in rows],
@@ -295,7 +296,7 @@ def write_golden(preset: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         losses: dict[str, Any] = golden_run(preset, Path(folder) / "run")
     how = {
-        "how": "python tests/test_train.py: 20 steps of conftest.tiny_config on conftest.real_cells(240, 150), fp32, CPU",
+        "how": "python tests/test_train.py: 20 steps, conftest.tiny_config, conftest.real_cells(240, 150), fp32, CPU",
         "torch": torch.__version__,
         "machine": platform.machine(),
         "tolerance": GOLDEN_TOLERANCE,

@@ -50,7 +50,7 @@ def naive_rms_norm(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def naive_rope(x_BPHd: Tensor) -> Tensor:
-    """Rotation as multiplication by e^{i p θ_k}, θ_k = 10000^{-2k/d}, of the complex numbers first half + i · second half."""
+    """Multiply the complex numbers first half + i · second half by e^{i p θ_k}, θ_k = 10000^{-2k/d}."""
     n_positions, half = x_BPHd.shape[1], x_BPHd.shape[3] // 2
     theta = 10_000.0 ** (-torch.arange(half) / half)
     turn_Pk = torch.polar(torch.ones(n_positions, half), torch.arange(n_positions)[:, None] * theta)

@@ -160,7 +160,7 @@ def settings_toml(config: Config) -> str:
     lines = [f"preset = {json.dumps(config.preset)}"]
     for section in ("data", "network", "training", "generation"):
         values: BaseModel = getattr(config, section)
-        lines += ["", f"# {(type(values).__doc__ or '').strip()}", f"[{section}]"]
+        lines += ["", f"# {' '.join((type(values).__doc__ or '').split())}", f"[{section}]"]
         for key, field in type(values).model_fields.items():
             value = getattr(values, key)
             bounds = _range_of(field)
