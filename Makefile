@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(BIN)/python
 # Constraints hold what was tested together, on Python 3.11.
 CONSTRAINTS = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
@@ -17,7 +18,7 @@ help:
 	@echo "make demo   train, generate, evaluate and report on bundled blood cells, in demo-run/"
 	@echo "make test   the quick tests"
 	@echo "make bench  the tests that take minutes"
-	@echo "make gpu    the tests that need a CUDA device"
+	@echo "make gpu    the tests that need a CUDA device (GPU_PYTHON=python3 to use a Python that has all packages)"
 	@echo "make lint   style"
 	@echo "make clean  remove the virtual environment and caches"
 
@@ -51,8 +52,8 @@ test: $(STAMP) browser
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -q -m gpu
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ def state_counts(x_BG: Tensor) -> np.ndarray:
 
 
 class Oracle:
-    """The denoising function that answers with the exact conditionals of a joint, written out for all 5³ masked cells."""
+    """The denoising function that answers with the exact conditionals of a joint, tabulated for all 5³ masked cells."""
 
     def __init__(self, joint_S: np.ndarray) -> None:
         partial_PG = np.array(list(itertools.product(range(N_TOKENS + 1), repeat=N_GENES)))  # 4 stands for [MASK]

@@ -50,6 +50,18 @@ def test_cells_do_not_depend_on_where_a_restart_begins(model, thirty, first, n):
     assert_same_cells(generate(model, n, first=first), thirty[first : first + n])
 
 
+def test_network_sees_the_same_whole_tiles_wherever_a_restart_begins(trained_run):
+    """A cell has the same row of the same tile, so that rounding, which may depend on the row, is the same too."""
+    model, seen = load_model(trained_run), []
+    model.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0].clone()))
+    generate(model, 24)
+    whole = seen.copy()
+    assert {len(x_t_BG) for x_t_BG in whole} == {8}
+    seen.clear()
+    generate(model, 5, first=13)
+    assert [torch.equal(one, other) for one, other in zip(seen, whole[8:], strict=True)] == [True] * 16
+
+
 def test_loading_again_and_global_random_state_change_nothing(trained_run, thirty):
     torch.manual_seed(123)
     np.random.seed(123)
@@ -87,28 +99,21 @@ def test_cells_are_whole_integer_counts_of_every_gene(model, thirty, pbmc):
 
 
 def test_wanted_condition_is_in_every_cell_and_brings_its_markers(tmp_path):
-    whole = ad.read_h5ad(pbmc3k_path())[::3]
-    adata = whole[
-        :, [*MARKERS.values(), *real_cells(900, 40, least_detected=200).var_names.difference(MARKERS.values())]
-    ]
+    others = real_cells(900, 30, least_detected=200).var_names.difference(MARKERS.values())
+    adata = ad.read_h5ad(pbmc3k_path())[::3, [*MARKERS.values(), *others]].copy()
     config = tiny_config(
         network={"gene_width": 16, "width": 32, "dropout": 0.0},
-        training={
-            "steps": 120,
-            "minibatch_size": 64,
-            "peak_learning_rate": 1e-2,
-            "checkpoint_every": 1000,
-            "validate_every": 1000,
-        },
-    )
-    train([adata.copy()], tmp_path / "run", config)
+        training={"steps": 300, "minibatch_size": 64, "peak_learning_rate": 2e-2, "final_learning_rate": 5e-3,
+                  "condition_dropout": 0.0, "checkpoint_every": 1000, "validate_every": 1000},
+    )  # fmt: skip
+    train([adata], tmp_path / "run", config)
     model = load_model(tmp_path / "run")
-    cells = {kind: generate(model, 60, condition={"cell_type": kind}) for kind in MARKERS}
+    cells = {kind: generate(model, 80, condition={"cell_type": kind}) for kind in MARKERS}
     for kind, marker in MARKERS.items():
         assert (cells[kind].obs["cell_type"] == kind).all()
         shown = {other: (cells[other][:, marker].X > 0).mean() for other in MARKERS}
         print(marker, shown)
-        assert all(shown[kind] > shown[other] + 0.3 for other in MARKERS if other != kind), (marker, shown)
+        assert all(shown[kind] > shown[other] + 0.2 for other in MARKERS if other != kind), (marker, shown)
 
 
 def test_open_conditions_are_drawn_as_often_as_in_training(model, pbmc):

@@ -101,6 +101,14 @@ def test_shares_are_drawn_from_the_density_and_weights_are_its_inverse(law):
     assert stats.kstest(visible.numpy(), cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_weight_power_tempers_the_weights_and_changes_no_mask(power):
+    visible_B, weight_B = MaskLaw(0.5, power).draw(100, 500, rng())
+    exact_visible_B, exact_weight_B = MaskLaw(0.5).draw(100, 500, rng())
+    assert torch.equal(visible_B, exact_visible_B)
+    torch.testing.assert_close(weight_B, exact_weight_B**power)
+
+
 @LAWS
 def test_weights_give_expectations_under_the_uniform_law(law):
     draws = [law.draw(128, 500, rng(seed)) for seed in range(200)]

@@ -106,13 +106,9 @@ def test_unknown_is_index_0_of_every_field_and_fields_do_not_share_rows():
     assert touched.tolist() == [True, False, False, False, False, True, False]
 
 
-def test_untrained_network_ignores_conditions_and_gives_every_cell_nearly_the_same():
-    network = make(shake=0.0)
-    outputs = log_p(network, tokens(3), torch.tensor([[0, 0], [1, 2], [2, 3]]))
-    assert torch.equal(
-        log_p(network, tokens(1), torch.tensor([[0, 0]])), log_p(network, tokens(1), torch.tensor([[2, 1]]))
-    )
-    assert (outputs.exp() - outputs.exp().mean(0)).abs().max() < 0.05
+def test_untrained_network_gives_every_cell_nearly_the_same_whatever_is_visible_or_wanted():
+    outputs = log_p(make(shake=0.0), tokens(3), torch.tensor([[0, 0], [1, 2], [2, 3]])).exp()
+    assert (outputs - outputs.mean(0)).abs().max() < 0.05
 
 
 def test_a_network_without_conditions_works():

@@ -26,13 +26,14 @@ from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.training_set import assemble
 from lingshu_cell.diffusion.loss import validation_nelbo
+from lingshu_cell.ema import gamma_of
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.history import lock_run
 from lingshu_cell.train import Progress, TrainingResult, learning_rate, pick_device, train
 
 GOLDEN = Path(__file__).parent / "golden"
 # fp32 sums round differently with other vector units, thread counts and torch versions: about 1e-6 a step, grown by
-# 20 optimiser steps (Adam divides by small second moments) to about 1e-4; any change of the method moves losses by more.
+# 20 optimiser steps (Adam divides by small second moments) to about 1e-4; a change of the method moves losses by more.
 GOLDEN_TOLERANCE = 2e-3
 TENSOR_FILES = ("weights", "buffers", "ema_0.05", "ema_0.10", "optimizer", "data")
 
@@ -70,7 +71,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_interrupted_and_resumed_run_is_the_undisturbed_one_bit_for_bit(pbmc, tmp_path, preset, precision):
     config = tiny_config(preset, training={"precision": precision})
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert train([pbmc], whole, config) == TrainingResult(whole, 20, _validation(whole), False, _notes(whole))
+    assert train([pbmc], whole, config) == TrainingResult(whole, 20, 20, _validation(whole), False, _notes(whole))
     first = train([pbmc], pieces, config, on_progress=interrupt_at(10))
     assert (first.step, first.interrupted) == (10, True)
     assert load_checkpoint(pieces).step == 10
@@ -191,6 +192,26 @@ def test_divergence_before_any_checkpoint_does_not_promise_one(pbmc, tmp_path):
         train(
             [pbmc], tmp_path / "run", tiny_config(training={"peak_learning_rate": 1e8, "warmup_steps": 0, "steps": 200})
         )
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_saved_averages_are_those_of_the_weights_along_the_run(pbmc, tmp_path, every):
+    run, trajectory = tmp_path / "run", []
+
+    def record(progress: Progress) -> None:
+        trajectory.append(load_checkpoint(run).tensors("weights")["feature_in.bias"].double())
+
+    train(
+        [pbmc], run, tiny_config(training={"steps": 8, "checkpoint_every": 1, "ema_every": every}), on_progress=record
+    )
+    seen = np.arange(every, 9, every)
+    for sigma_rel in (0.05, 0.10):
+        power = gamma_of(sigma_rel) + 1
+        share = torch.from_numpy((seen / 8) ** power - ((seen - every) / 8) ** power)
+        explicit = share @ torch.stack(trajectory)[seen - 1]
+        average = load_checkpoint(run).tensors(f"ema_{sigma_rel:.2f}")["feature_in.bias"]
+        torch.testing.assert_close(average.double(), explicit, rtol=1e-5, atol=1e-7)
+    assert (trajectory[-1] - trajectory[0]).abs().max() > 1e-4
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():

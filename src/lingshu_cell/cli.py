@@ -21,6 +21,7 @@ from lingshu_cell import __version__
 from lingshu_cell.config import PRESETS, GenerationConfig, load_config
 from lingshu_cell.console import (
     cells_bar,
+    choices_of,
     clock,
     give,
     give_json,
@@ -148,7 +149,7 @@ def train(
     with training_bar() as show:
         result = train_run(data, out, chosen, resume=resume, on_progress=show, on_note=say)
     seconds = time.monotonic() - started
-    steps, nelbo = chosen.training.steps, result.validation_nelbo
+    steps, nelbo = result.steps, result.validation_nelbo
     if json:
         give_json(
             {
@@ -188,7 +189,9 @@ def generate(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help=f"{_of('steps')} The run's own when not given.")] = None,
-    schedule: Annotated[str | None, typer.Option(help=f"{_of('schedule')} geometric, cosine or uniform.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"{_of('schedule')} {choices_of(GenerationConfig, 'schedule')}.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help=_of("seed"))] = None,
     minibatch_size: Annotated[
         int | None, typer.Option(min=1, help=f"{_of('minibatch_size')} Changes memory and speed, never a cell.")
@@ -201,7 +204,7 @@ def generate(
 
     Writes integer counts of every gene (AnnData, CSR), labels and seeds in obs, and what made them in uns.
     """
-    from lingshu_cell.generate import generate_file, load_model
+    from lingshu_cell.generate import generate_file, load_model, provenance
     from lingshu_cell.train import pick_device
 
     model = load_model(run, pick_device(device))
@@ -212,15 +215,14 @@ def generate(
         written = generate_file(model, n, out, overwrite=overwrite, on_progress=show, condition=wanted, **chosen)
     seconds = time.monotonic() - started
     if json:
-        defaults = model.config.generation.model_dump(include={"steps", "schedule", "seed"})
-        used = {key: defaults[key] if chosen[key] is None else chosen[key] for key in defaults}
+        used = provenance(model, n, condition=wanted, **chosen)["generation"]
         give_json(
             {
                 "out": str(written),
                 "n_cells": n,
                 "n_genes": len(model.genes),
                 "condition": wanted,
-                **used,
+                **{key: used[key] for key in ("steps", "schedule", "seed")},
                 "seconds": round(seconds, 1),
             }
         )

@@ -5,7 +5,7 @@ them.
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -65,7 +65,12 @@ class SetConfig(_Section):
 class TrainingConfig(_Section):
     """Optimiser, schedule and bookkeeping of one training run."""
 
-    steps: int = Field(1_500, ge=1, description="Optimiser steps.")
+    steps: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Optimiser steps; auto = 18 passes over the training cells, at least 300 steps."
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="Training ends after so many seconds if not earlier; the learning rate follows."
+    )
     minibatch_size: int = Field(128, ge=1, description="Cells per optimiser step.")
     peak_learning_rate: float = Field(2e-3, gt=0, description="Learning rate after warm-up.")
     final_learning_rate: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
@@ -80,6 +85,12 @@ class TrainingConfig(_Section):
     masking: Literal["uniform", "log-uniform"] = Field(
         "log-uniform", description="Law of the visible share: uniform (paper), or half uniform, half log-uniform."
     )
+    weight_power: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Weight of a mask is density^-power: 1 is the exact bound, less favours first genes.",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = autocast of the trunk; heads stay in fp32.")
     condition_dropout: float = Field(0.1, ge=0, le=1, description="Share of cells trained without their conditions.")
     validate_every: int = Field(250, ge=1, description="Steps between two validation passes.")
@@ -92,10 +103,14 @@ class TrainingConfig(_Section):
 class GenerationConfig(_Section):
     """How cells are generated from a trained run."""
 
-    steps: int = Field(64, ge=1, description="Network evaluations per cell.")
-    schedule: Literal["geometric", "cosine", "uniform"] = Field(
-        "geometric", description="How many genes each step reveals."
+    steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        64, description="Network evaluations per cell, or auto: the fewest that keep to max_kl."
     )
+    schedule: Literal["auto", "optimal", "geometric", "cosine", "uniform"] = Field(
+        "auto",
+        description="How many genes a step reveals; auto: optimal if the run has an information curve, else geometric.",
+    )
+    max_kl: float = Field(1.0, gt=0, description="With steps = auto: most nats per cell that few steps may cost.")
     minibatch_size: int = Field(256, ge=1, description="Cells held in memory at once, rounded up to whole tiles.")
     tile_size: int = Field(
         64, ge=2, description="Rows of every network call; part of what determines a cell's rounding."
@@ -221,15 +236,22 @@ def _parse_value(text: str) -> Any:
 
 def _as_user_error(error: ValidationError, values: Mapping[str, Any]) -> LingshuError:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("set", "transformer"))
+    where = _setting_at(first)
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
         return LingshuError("Every setting must be known", f"'{where}'", f"Known here: {', '.join(known)}")
-    found = f"{where} = {first['input']!r}: {first['msg']}"
-    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    found = f"{where} = {first['input']!r}: {' or '.join(e['msg'] for e in error.errors() if _setting_at(e) == where)}"
+    others = {_setting_at(e) for e in error.errors()} - {where}
+    more = f" (and {len(others)} more)" if others else ""
     return LingshuError(
         "Every setting must have a valid value", found + more, "See lingshu train --help or docs/config.md"
     )
+
+
+def _setting_at(error: Mapping[str, Any]) -> str:
+    """Name the setting an error of pydantic is about, without the alternatives it has within a setting."""
+    alternatives = ("set", "transformer", "constrained-int", "literal['auto']")
+    return ".".join(str(part) for part in error["loc"] if part not in alternatives)
 
 
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:

@@ -163,7 +163,7 @@ def settings_toml(config: Config) -> str:
         lines += ["", f"# {' '.join((type(values).__doc__ or '').split())}", f"[{section}]"]
         for key, field in type(values).model_fields.items():
             value = getattr(values, key)
-            bounds = _range_of(field)
+            bounds = choices_of(type(values), key) or _range_of(field)
             if field.description:
                 lines.append(f"# {field.description}{f' ({bounds})' if bounds else ''}")
             if value is None or (key == "condition_keys" and key not in values.model_fields_set):
@@ -173,13 +173,18 @@ def settings_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
+def choices_of(section: type[BaseModel], key: str) -> str:
+    """Name the values that a setting chooses from, as in ``"fp32 or bf16"``; empty where it takes others too."""
+    choices = getattr(section.model_fields[key].annotation, "__args__", ())
+    return " or ".join(choices) if all(isinstance(choice, str) for choice in choices) else ""
+
+
 def _range_of(field: Any) -> str:
-    """Bounds or choices of a setting in words."""
-    bounds = [
-        f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in _BOUNDS.items() if hasattr(m, name)
-    ]
-    choices = [str(c) for c in getattr(field.annotation, "__args__", ()) if isinstance(c, str)]
-    return " or ".join(choices) if choices else ", ".join(bounds)
+    """Bounds of a setting in words."""
+    bounds = {
+        sign: getattr(rule, name) for rule in field.metadata for name, sign in _BOUNDS.items() if hasattr(rule, name)
+    }
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items())
 
 
 def _toml(value: Any) -> str:

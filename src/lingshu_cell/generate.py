@@ -17,13 +17,15 @@ from torch import nn
 
 from lingshu_cell.checkpoint import Checkpoint, load_checkpoint
 from lingshu_cell.config import Config
+from lingshu_cell.curve_store import load_curve
 from lingshu_cell.data.anndata_io import H5adWriter
 from lingshu_cell.data.tokenizer import decode, token_midpoints
 from lingshu_cell.data.training_set import RareGenes
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
+from lingshu_cell.diffusion.information import InformationCurve
+from lingshu_cell.diffusion.plan import Schedule, choose_schedule
 from lingshu_cell.diffusion.randomness import cell_seeds, draw_cell_noise
 from lingshu_cell.diffusion.sampler import sample_cells
-from lingshu_cell.diffusion.schedule import GRIDS
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.tokens import MASK_TOKEN
@@ -51,6 +53,8 @@ class TrainedModel:
         Combinations of conditions seen in training, R × C, and in how many cells each.
     rare
         Genes drawn from their frequency.
+    curve
+        How much the visible genes say about a hidden one; ``None`` where it was not measured.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +66,7 @@ class TrainedModel:
     condition_rows: np.ndarray
     condition_row_counts: np.ndarray
     rare: RareGenes
+    curve: InformationCurve | None
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +104,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
     buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
     network.load_state_dict(buffers | checkpoint.tensors(weights))
+    stored = load_curve(checkpoint)
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,
@@ -110,6 +116,34 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         condition_rows=data["condition_rows"].numpy(),
         condition_row_counts=data["condition_row_counts"].numpy(),
         rare=rare,
+        curve=None if stored is None else stored.curve,
+    )
+
+
+def resolve_schedule(
+    model: TrainedModel, *, steps: int | str | None = None, schedule: str | None = None, max_kl: float | None = None
+) -> Schedule:
+    """Give the schedule that :func:`generate_chunks` takes under these settings, with what it is predicted to cost.
+
+    Parameters
+    ----------
+    model
+        What :func:`load_model` gave.
+    steps, schedule, max_kl
+        See ``config.GenerationConfig``; the run's own when not given.
+
+    Raises
+    ------
+    LingshuError
+        On an unknown schedule, an impossible number of steps, or a wish that needs a curve the model does not have.
+    """
+    defaults = model.config.generation
+    return choose_schedule(
+        len(model.modelled),
+        model.curve,
+        steps=defaults.steps if steps is None else steps,
+        schedule=defaults.schedule if schedule is None else schedule,
+        max_kl=defaults.max_kl if max_kl is None else max_kl,
     )
 
 
@@ -126,8 +160,9 @@ def generate_chunks(
     n_cells: int,
     *,
     condition: Mapping[str, str] | None = None,
-    steps: int | None = None,
+    steps: int | str | None = None,
     schedule: str | None = None,
+    max_kl: float | None = None,
     seed: int | None = None,
     minibatch_size: int | None = None,
     first: int = 0,
@@ -145,7 +180,7 @@ def generate_chunks(
         How many cells.
     condition
         Wanted value of some condition fields; the others are drawn, jointly, from the training cells that match.
-    steps, schedule, seed, minibatch_size
+    steps, schedule, max_kl, seed, minibatch_size
         See ``config.GenerationConfig``; the run's own when not given.
     first
         Index of the first cell, to go on where another call ended.
@@ -164,17 +199,13 @@ def generate_chunks(
     if first < 0:
         raise LingshuError("The index of the first cell must be 0 or more", f"{first}", "Change first")
     defaults = model.config.generation
-    steps = defaults.steps if steps is None else steps
-    schedule = defaults.schedule if schedule is None else schedule
     minibatch_size = defaults.minibatch_size if minibatch_size is None else minibatch_size
     if minibatch_size < 1:
         raise LingshuError("The minibatch size must be 1 or more", f"{minibatch_size}", "Change it")
     seed = defaults.seed if seed is None else seed
     if not 0 <= seed < 2**31:
         raise LingshuError("The seed must lie between 0 and 2147483647", f"{seed}", "Change --seed")
-    if schedule not in GRIDS:
-        raise LingshuError("The schedule must exist", f"'{schedule}'", f"Choose one of {', '.join(GRIDS)}")
-    grid = GRIDS[schedule](len(model.modelled), steps)
+    grid = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl).grid
     tile = defaults.tile_size
     per_chunk = -(-minibatch_size // tile) * tile
     rows, probabilities = _matching_rows(model, condition or {})
@@ -240,6 +271,10 @@ def provenance(model: TrainedModel, n_cells: int, **settings: Any) -> dict[str, 
     manifest, defaults = model.checkpoint.manifest, model.config.generation
     chosen = {**defaults.model_dump(), **{k: v for k, v in settings.items() if v is not None}}
     condition = chosen.pop("condition", None) or {}
+    used = resolve_schedule(model, **{key: chosen[key] for key in ("steps", "schedule", "max_kl")})
+    chosen |= {"steps": used.steps, "schedule": used.name, "visible_counts": " ".join(map(str, used.grid))}
+    if used.predicted_kl is not None:
+        chosen["predicted_kl_nats_per_cell"] = used.predicted_kl
     return {
         "what": "cells generated by a masked discrete diffusion model; X holds integer UMI counts of every gene",
         "n_cells": n_cells,

@@ -121,7 +121,7 @@ class LingshuCell:
         result = train(sources, out, config, resume=resume, on_progress=on_progress, on_note=on_note)
         if result.interrupted:
             warnings.warn(
-                f"Training was interrupted at step {result.step} of {config.training.steps}; resume=True goes on",
+                f"Training was interrupted at step {result.step} of {result.steps}; resume=True goes on",
                 UserWarning,
                 stacklevel=2,
             )
@@ -321,7 +321,7 @@ def run_info(run: Path | str) -> dict[str, Any]:
         "n_parameters": manifest["n_parameters"],
         "step": checkpoint.step,
         "steps": manifest["config"]["training"]["steps"],
-        "finished": checkpoint.step >= manifest["config"]["training"]["steps"],
+        "finished": manifest["finished"],
         "validation_nelbo_nats_per_cell": nelbo,
         "validation_nelbo_bits_per_gene": None if nelbo is None else nelbo / n_modelled / math.log(2),
         "n_genes": len(manifest["genes"]["names"]),

@@ -24,6 +24,7 @@ from lingshu_cell.config import Config, TrainingConfig
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import TrainingSet, assemble, minibatch_cells
+from lingshu_cell.diffusion.information import InformationCurve, knots, measure_curve
 from lingshu_cell.diffusion.loss import nelbo_estimate, validation_nelbo
 from lingshu_cell.diffusion.noising import MaskLaw
 from lingshu_cell.ema import PowerEma
@@ -34,7 +35,10 @@ from lingshu_cell.network.denoiser import build_denoiser
 LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
 _VALIDATION_CELLS = 512
 _VALIDATION_MASKS = 4
+_CELL_VISITS_PER_CURVE_CELL = 400  # so that the information curve costs a few percent of training
+_LEAST_CURVE_CELLS = 16
 _DIVERGED = 3.0  # times the first loss
+_PASSES, _FEWEST_STEPS = 18, 300
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class TrainingResult:
 
     run: Path
     step: int
+    steps: int
     validation_nelbo: float | None
     interrupted: bool
     notes: tuple[str, ...]
@@ -100,6 +105,7 @@ def train(
     _check_output(run, resume)
     data_sets = [read_counts(source, config.data.layer, config.data.condition_keys) for source in sources]
     cells = assemble(data_sets, **config.data.model_dump(exclude={"layer"}))
+    config = _with_steps(config, len(cells.train))
     for note in cells.notes:
         on_note(note)
     with lock_run(run):
@@ -121,9 +127,11 @@ class _Trainer:
         self.parameters = dict(self.network.named_parameters())
         self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]
         self.optimiser = _optimiser(self.parameters, settings)
-        self.law = MaskLaw(0.5 if settings.masking == "log-uniform" else 0.0)
+        self.law = MaskLaw(0.5 if settings.masking == "log-uniform" else 0.0, settings.weight_power)
         self.step, self.saved_step = 0, None
+        self.seconds = 0.0  # spent training, earlier parts of a resumed run counted in
         self.best_known: float | None = None
+        self.curve: InformationCurve | None = None
         self.first_loss: float | None = None
         self.smooth_loss: float | None = None
         if resume:
@@ -139,24 +147,38 @@ class _Trainer:
             f"{len(self.cells.train):,} training cells"
         )
         (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
-        started, first_step = time.monotonic(), self.step
+        started, first_step, seconds_before = time.monotonic(), self.step, self.seconds
         with _stop_signals() as stop_asked, contextlib.closing(self.history):
-            while self.step < settings.steps and not stop_asked():
+            while not self._finished() and not stop_asked():
                 gradient_norm = self._optimise()
                 seconds = time.monotonic() - started
-                if self.step % settings.validate_every == 0 or self.step == settings.steps:
+                self.seconds = seconds_before + seconds
+                if self.step % settings.validate_every == 0 or self._finished():
                     self._validate(gradient_norm, seconds)
+                if self._finished():
+                    self._measure_curve()
                 if self.step % settings.checkpoint_every == 0:
                     self._save()
                 speed = (self.step - first_step) / max(seconds, 1e-9)
                 left = (settings.steps - self.step) / speed
+                if settings.max_seconds is not None:
+                    left = min(left, max(settings.max_seconds - self.seconds, 0.0))
                 cells_per_second = speed * settings.minibatch_size
                 on_progress(
                     Progress(self.step, settings.steps, self.smooth_loss, self.best_known, cells_per_second, left)
                 )
             if self.step != self.saved_step:
                 self._save()
-        return TrainingResult(self.run, self.step, self.best_known, self.step < settings.steps, self.cells.notes)
+        return TrainingResult(
+            self.run, self.step, settings.steps, self.best_known, not self._finished(), self.cells.notes
+        )
+
+    def _finished(self) -> bool:
+        return self.step >= self.settings.steps or self._share_of_time() >= 1
+
+    def _share_of_time(self) -> float:
+        """Share of ``max_seconds`` that is spent; 0 where there is no such limit."""
+        return 0.0 if self.settings.max_seconds is None else self.seconds / self.settings.max_seconds
 
     def _optimise(self) -> float:
         """One optimiser step; gives the gradient norm."""
@@ -167,7 +189,7 @@ class _Trainer:
         x_0_BG, condition_BC = self._on_device(chosen)
         known_B1 = torch.rand(len(chosen), 1, generator=generator, device=self.device) >= settings.condition_dropout
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, settings)
+            group["lr"] = learning_rate(self.step, settings, self._share_of_time())
         self.network.train()
         with self._autocast():
             nelbo_B = nelbo_estimate(self.network, x_0_BG, condition_BC * known_B1, self.law, generator)
@@ -211,25 +233,44 @@ class _Trainer:
             loss=self.smooth_loss,
             validation_nelbo=nelbo,
             bits_per_gene=None if nelbo is None else nelbo / g / math.log(2),
-            learning_rate=learning_rate(self.step - 1, self.settings),
+            learning_rate=self.optimiser.param_groups[0]["lr"],
             gradient_norm=gradient_norm,
             seconds=seconds,
         )
 
     def _validation_nelbo(self) -> list[float]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        nelbo: list[float] = []
+        with self._averaged_weights(), self._autocast():
+            for x_0_BG, condition_BC in self._held_out(_VALIDATION_CELLS):
+                nelbo += validation_nelbo(self.network, x_0_BG, condition_BC, generator, _VALIDATION_MASKS).tolist()
+        return nelbo
+
+    def _measure_curve(self) -> None:
+        """Measure the information curve on held-out cells, for the schedules of generation."""
+        affordable = self.step * self.settings.minibatch_size // _CELL_VISITS_PER_CURVE_CELL
+        n_cells = min(max(affordable, _LEAST_CURVE_CELLS), _VALIDATION_CELLS)
+        if not len(self.cells.validation):
+            return
+        generator = torch.Generator(self.device).manual_seed(1)
+        visible = knots(len(self.cells.modelled))
+        with self._averaged_weights(), self._autocast():
+            self.curve = measure_curve(self.network, self._held_out(n_cells), visible, generator)
+
+    def _held_out(self, n_cells: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """At most ``n_cells`` validation cells, spread over all data sets and cell types, whatever their order."""
+        cells = self.cells.validation[:: -(-len(self.cells.validation) // n_cells)]
+        for piece in np.array_split(cells, -(-len(cells) // self.settings.minibatch_size)):
+            yield self._on_device(piece)
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Put the first average in the place of the weights while the block runs."""
         swap_in = {name: p.detach().clone() for name, p in self.parameters.items()}
         _copy(self.averages[0].weights, self.parameters)
         self.network.eval()
-        generator = torch.Generator(self.device).manual_seed(0)
-        nelbo: list[float] = []
-        # Spread over all data sets and cell types, in whatever order the files hold them.
-        held_out = self.cells.validation[:: -(-len(self.cells.validation) // _VALIDATION_CELLS)]
-        for piece in np.array_split(held_out, -(-len(held_out) // self.settings.minibatch_size)):
-            x_0_BG, condition_BC = self._on_device(piece)
-            with self._autocast():
-                nelbo += validation_nelbo(self.network, x_0_BG, condition_BC, generator, _VALIDATION_MASKS).tolist()
+        yield
         _copy(swap_in, self.parameters)
-        return nelbo
 
     def _on_device(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
         x_0_BG = torch.from_numpy(self.cells.dense_tokens(cells)).to(self.device)
@@ -270,9 +311,13 @@ class _Trainer:
             "data_fingerprints": list(cells.fingerprints),
             "notes": list(cells.notes),
             "step": self.step,
+            # Only a run with a time limit needs it; all others are the same files whenever they are repeated.
+            "seconds": None if self.settings.max_seconds is None else self.seconds,
+            "finished": self._finished(),
             "first_loss": self.first_loss,
             "smooth_loss": self.smooth_loss,
             "validation_nelbo_nats_per_cell": self.best_known,
+            "information_curve": None if self.curve is None else self.curve.to_json(),
             "n_parameters": sum(p.numel() for p in self.parameters.values()),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("lingshu-cell", "torch", "numpy", "anndata")},
@@ -291,14 +336,26 @@ class _Trainer:
         self.step = self.saved_step = checkpoint.step
         self.best_known = manifest["validation_nelbo_nats_per_cell"]
         self.first_loss, self.smooth_loss = manifest["first_loss"], manifest["smooth_loss"]
+        self.seconds = manifest["seconds"] or 0.0
 
 
-def learning_rate(step: int, settings: TrainingConfig) -> float:
-    """Learning rate of optimiser step 0, 1, …: linear warm-up, then a cosine from the peak to the final rate."""
+def _with_steps(config: Config, n_training_cells: int) -> Config:
+    """Turn ``training.steps = "auto"`` into a number: more passes over few cells only fit their noise (docs/log.md)."""
+    if config.training.steps != "auto":
+        return config
+    steps = max(_FEWEST_STEPS, math.ceil(_PASSES * n_training_cells / config.training.minibatch_size))
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+
+
+def learning_rate(step: int, settings: TrainingConfig, share_of_time: float = 0.0) -> float:
+    """Learning rate of optimiser step 0, 1, …: linear warm-up, then a cosine from the peak to the final rate.
+
+    The cosine follows the share of the steps that is done or, if that is further on, the share of ``max_seconds``.
+    """
     if step < settings.warmup_steps:
         return settings.peak_learning_rate * (step + 1) / settings.warmup_steps
     share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    cosine = (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    cosine = (1 + math.cos(math.pi * min(max(share, share_of_time), 1.0))) / 2
     return settings.final_learning_rate + (settings.peak_learning_rate - settings.final_learning_rate) * cosine
 
 
@@ -359,7 +416,9 @@ def _step_seed(seed: int, step: int) -> int:
 def _check_output(run: Path, resume: bool) -> None:
     if resume and not run.is_dir():
         raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
-    if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+    # A run that ended before its first checkpoint leaves only these; starting again over them loses nothing.
+    bare = {".lock", "config.json", "history.csv", "tensorboard"}
+    if not resume and run.exists() and (not run.is_dir() or any(p.name not in bare for p in run.iterdir())):
         raise LingshuError("A new run needs a new folder", f"{run} exists", "Pass --resume, or another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)

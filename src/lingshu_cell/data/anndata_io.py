@@ -411,14 +411,12 @@ class H5adWriter:
         self._seen: set[str] = set()
         with _writing(self.path):
             self._file = h5py.File(self._temporary, "w")
-            self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-            group = self._file.create_group("X")
-            group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-            for name, dtype in (("data", np.int32), ("indices", np.int32), ("indptr", np.int64)):
-                group.create_dataset(
-                    name, (0,), dtype, maxshape=(None,), chunks=(1 << 16,), compression="gzip", shuffle=True
-                )
-            _extend(group["indptr"], np.zeros(1, np.int64))
+        try:
+            with _writing(self.path):
+                self._begin()
+        except BaseException:
+            self.abort()
+            raise
 
     @property
     def n_written(self) -> int:
@@ -500,6 +498,16 @@ class H5adWriter:
             self.abort()
         elif self._file:
             self.close()
+
+    def _begin(self) -> None:
+        self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        group = self._file.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+        for name, dtype in (("data", np.int32), ("indices", np.int32), ("indptr", np.int64)):
+            group.create_dataset(
+                name, (0,), dtype, maxshape=(None,), chunks=(1 << 16,), compression="gzip", shuffle=True
+            )
+        _extend(group["indptr"], np.zeros(1, np.int64))
 
     def _check_piece(self, counts: sparse.csr_matrix, obs: pd.DataFrame) -> None:
         remedy = "Check the code that generates the cells"

@@ -53,3 +53,20 @@ def draw_cell_noise(seeds: Sequence[int], n_genes: int, device: torch.device | s
 def cell_seeds(run_seed: int, first: int, n: int) -> np.ndarray:
     """Seeds of cells ``first … first + n - 1`` of a run: run_seed · 2³² + index, int64; run_seed < 2³¹."""
     return (np.int64(run_seed) << np.int64(32)) + np.arange(first, first + n, dtype=np.int64)
+
+
+def reveal_ranks(order_BG: Tensor, hidden_BG: Tensor) -> Tensor:
+    """Rank of each hidden gene among its cell's hidden genes, 0 first; other genes get G, which no step reaches.
+
+    Parameters
+    ----------
+    order_BG
+        Uniforms in [0, 1) whose ranks are the order.
+    hidden_BG
+        Boolean: which genes are to be ranked.
+    """
+    order_BG = torch.where(hidden_BG, order_BG, 2.0)
+    by_order_BG = torch.argsort(order_BG, dim=1, stable=True)
+    rank_BG = torch.empty_like(by_order_BG)
+    rank_BG.scatter_(1, by_order_BG, torch.arange(order_BG.shape[1], device=order_BG.device).expand_as(by_order_BG))
+    return torch.where(hidden_BG, rank_BG, order_BG.shape[1])

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lingshu_cell.diffusion.randomness import CellNoise
+from lingshu_cell.diffusion.randomness import CellNoise, reveal_ranks
 from lingshu_cell.network.distribution import Denoise, Positions
 from lingshu_cell.tokens import MASK_TOKEN
 
@@ -45,7 +45,7 @@ def sample_cells(
     n_genes = start_BG.shape[1]
     hidden_BG = start_BG == MASK_TOKEN
     n_hidden_B1 = hidden_BG.sum(1, keepdim=True)
-    rank_BG = _reveal_ranks(noise.order_BG, hidden_BG)
+    rank_BG = reveal_ranks(noise.order_BG, hidden_BG)
     edges = torch.as_tensor(visible_counts, device=start_BG.device, dtype=torch.float64) / n_genes
     edges_NB1 = torch.round(edges[:, None, None] * n_hidden_B1).long()
     x_BG = start_BG.clone()
@@ -57,12 +57,3 @@ def sample_cells(
         tokens_M = denoise(x_BG, condition_BC).draw(positions, uniform_M2)
         x_BG[positions.cell_M, positions.gene_M] = tokens_M.to(x_BG.dtype)
     return x_BG
-
-
-def _reveal_ranks(order_BG: Tensor, hidden_BG: Tensor) -> Tensor:
-    """Rank of each hidden gene among its cell's hidden genes, 0 first; visible genes get G, which no step reaches."""
-    order_BG = torch.where(hidden_BG, order_BG, 2.0)
-    by_order_BG = torch.argsort(order_BG, dim=1, stable=True)
-    rank_BG = torch.empty_like(by_order_BG)
-    rank_BG.scatter_(1, by_order_BG, torch.arange(order_BG.shape[1], device=order_BG.device).expand_as(by_order_BG))
-    return torch.where(hidden_BG, rank_BG, order_BG.shape[1])

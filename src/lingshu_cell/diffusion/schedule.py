@@ -58,6 +58,6 @@ def _whole(grid: np.ndarray) -> np.ndarray:
     """Round to whole counts that rise by at least one per step, so that a grid of N steps has exactly N."""
     n_steps = len(grid) - 1
     whole = np.rint(grid).astype(np.int64)
-    whole[-1] = n_genes = int(round(grid[-1]))
+    whole[-1] = n_genes = round(grid[-1])
     whole = np.maximum.accumulate(np.maximum(whole - np.arange(n_steps + 1), 0)) + np.arange(n_steps + 1)
     return np.minimum(whole, n_genes - np.arange(n_steps, -1, -1))

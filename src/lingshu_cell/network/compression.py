@@ -3,11 +3,14 @@
 Shapes: B cells, G genes, P = ⌈G/S⌉ groups, S slots of a group, D width, V expression tokens, T input tokens.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from lingshu_cell.network.distribution import CountDistribution, Positions
+from lingshu_cell.network.distribution import CountDistribution, Positions, draw_tokens
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 _POSITIONS_AT_ONCE = 1 << 16  # bounds the logits in memory: 65,536 × 281 float32 = 74 MB
@@ -86,28 +89,42 @@ class GroupedSoftmax(CountDistribution):
         self._h_BPD, self._weight_SVD, self._groups = h_BPD, weight_SVD, groups
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
-        """See :meth:`CountDistribution.nll`."""
+        """See :meth:`CountDistribution.nll`; logits are computed again on the way back, so none outlives its piece."""
         positions = Positions.where(scored_BG)
         total_B = torch.zeros(len(x_0_BG), device=x_0_BG.device)
-        for piece, logits_MV in self._logits(positions):
+        for piece, weight_VD in self._pieces(positions):
             where = positions[piece]
-            nll_M = F.cross_entropy(logits_MV, where.of(x_0_BG).long(), reduction="none")
+            target_M = where.of(x_0_BG).long()
+            nll_M = checkpoint(self._cross_entropy, where, weight_VD, target_M, use_reentrant=False)
             total_B = total_B.index_add(0, where.cell_M, nll_M)
         return total_B
 
     def log_probabilities(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_probabilities`."""
         log_p_MV = torch.empty(len(positions), N_EXPRESSION_TOKENS, device=self._h_BPD.device)
-        for piece, logits_MV in self._logits(positions):
-            log_p_MV[piece] = torch.log_softmax(logits_MV, dim=-1)
+        for piece, weight_VD in self._pieces(positions):
+            log_p_MV[piece] = torch.log_softmax(self._logits(positions[piece], weight_VD), dim=-1)
         return log_p_MV
 
-    def _logits(self, positions: Positions):
-        """Yield (indices into M, logits), slot by slot, so that every product is one dense matmul."""
-        place_M = self._groups.place_G[positions.gene_M]
-        group_M, slot_M = place_M // self._groups.genes_per_group, place_M % self._groups.genes_per_group
+    def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
+        """See :meth:`CountDistribution.draw`; drawn piece by piece, so that memory does not grow with the positions."""
+        token_M = torch.empty(len(positions), dtype=torch.int64, device=self._h_BPD.device)
+        for piece, weight_VD in self._pieces(positions):
+            log_p_MV = torch.log_softmax(self._logits(positions[piece], weight_VD), dim=-1)
+            token_M[piece] = draw_tokens(log_p_MV, uniform_M2[piece])
+        return token_M
+
+    def _pieces(self, positions: Positions) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (indices into M, output weights of their slot), so that every product is one dense matmul."""
+        slot_M = self._groups.place_G[positions.gene_M] % self._groups.genes_per_group
+        for slot, weight_VD in enumerate(self._weight_SVD):
+            for piece in torch.nonzero(slot_M == slot)[:, 0].split(_POSITIONS_AT_ONCE):
+                yield piece, weight_VD
+
+    def _cross_entropy(self, positions: Positions, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(positions, weight_VD), target_M, reduction="none")
+
+    def _logits(self, positions: Positions, weight_VD: Tensor) -> Tensor:
+        group_M = self._groups.place_G[positions.gene_M] // self._groups.genes_per_group
         with torch.autocast(self._h_BPD.device.type, enabled=False):
-            for slot, weight_VD in enumerate(self._weight_SVD):
-                for piece in torch.nonzero(slot_M == slot)[:, 0].split(_POSITIONS_AT_ONCE):
-                    h_MD = self._h_BPD[positions.cell_M[piece], group_M[piece]].float()
-                    yield piece, h_MD @ weight_VD.T
+            return self._h_BPD[positions.cell_M, group_M].float() @ weight_VD.T

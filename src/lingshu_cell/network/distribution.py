@@ -79,14 +79,18 @@ class CountDistribution(ABC):
         Tensor
             Expression tokens, int64, shape M.
         """
-        log_p_MV = self.log_probabilities(positions)
-        p_zero_M = log_p_MV[:, 0].exp()
-        values_M = 1 + invert_cdf(log_p_MV[:, 1:], uniform_M2[:, 1])
-        return torch.where(uniform_M2[:, 0] < p_zero_M, 0, values_M)
+        return draw_tokens(self.log_probabilities(positions), uniform_M2)
 
 
 Denoise = Callable[[Tensor, Tensor], CountDistribution]
 """A denoising function: ``denoise(x_t_BG, condition_BC)``; guidance and priors wrap one and give another."""
+
+
+def draw_tokens(log_p_MV: Tensor, uniform_M2: Tensor) -> Tensor:
+    """Draw a token from each row of log-probabilities: the first uniform decides zero or not, the second the value."""
+    p_zero_M = log_p_MV[:, 0].exp()
+    values_M = 1 + invert_cdf(log_p_MV[:, 1:], uniform_M2[:, 1])
+    return torch.where(uniform_M2[:, 0] < p_zero_M, 0, values_M)
 
 
 def invert_cdf(logits_MK: Tensor, uniform_M: Tensor) -> Tensor:

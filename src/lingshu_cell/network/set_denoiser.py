@@ -79,15 +79,14 @@ class SetDenoiser(nn.Module):
 
     def forward(self, x_t_BG: Tensor, condition_BC: Tensor) -> CountDistribution:
         """Answer p(x_0 | x_t, conditions) for every gene; arguments as in :class:`TransformerDenoiser`."""
-        visible_BG = x_t_BG != MASK_TOKEN
-        count_BG = self.count_T.index_select(0, x_t_BG.int().flatten()).view(x_t_BG.shape)
-        visible_BG = visible_BG.float()
-        # Evidence of the visible genes: detected or not, and log count, each less its expectation, along the gene's
-        # code.
+        visible_BG = (x_t_BG != MASK_TOKEN).float()
+        count_BG = self.count_T.index_select(0, x_t_BG.int().flatten()).view(x_t_BG.shape)  # 0 where hidden
+        # Evidence of the visible genes, less its expectation, along the gene's code: detected or not, and log count.
         codes_GE = self.head.gene_GE
         detected_BG = (count_BG > 0).float() - visible_BG * self.detection_G
-        detected_BE = detected_BG @ (codes_GE * self.detection_weight_G[:, None])
-        log_BE = (torch.log1p(count_BG) - visible_BG * self.mean_log_G) @ (codes_GE * self.log_weight_G[:, None])
+        detected_BE = (detected_BG @ (codes_GE * self.detection_weight_G[:, None])).float()
+        log_BG = torch.log1p(count_BG) - visible_BG * self.mean_log_G
+        log_BE = (log_BG @ (codes_GE * self.log_weight_G[:, None])).float()
         feature_BF = self._features(visible_BG.sum(1), count_BG.sum(1), detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
         h_BD = h_BD + self.feature_in(feature_BF)
@@ -127,7 +126,7 @@ class SetDenoiser(nn.Module):
                 module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
-        self.condition.weight.zero_()
+        self.condition.weight.normal_(0.0, 1.0, generator=generator)
         for block in self.blocks:
             block.start_as_identity()
         self.head.initialise(generator)

@@ -66,10 +66,10 @@ class TransformerDenoiser(nn.Module):
             int64 category of each field, 0 = unknown.
         """
         # Genes: permute, group, embed and compress S·D → D.
-        h_BPD = self.compressor(self.groups.group(x_t_BG), self.embedding.weight)
+        h_BPD = self.compressor(self.groups.group(x_t_BG), self.embedding.weight).float()  # residual stream in fp32
         # Conditions: tokens of the same table, in front, outside the compression, never masked.
         condition_BCD = self.embedding(condition_BC + self.first_token_C)
-        h_BPD = torch.cat([condition_BCD.to(h_BPD.dtype), h_BPD], dim=1)
+        h_BPD = torch.cat([condition_BCD, h_BPD], dim=1)
         # Bidirectional blocks: no mask, no time input.
         angles = rotary_angles(h_BPD.shape[1], self.head_width, h_BPD.device)
         for block in self.blocks:
