@@ -22,7 +22,8 @@ ROWS = (  # from the bottom up
     "metrics.memorisation metrics.two_sample",
     "curve_store",
     "evaluate generate report run_config train",
-    "console demo model",
+    "aligned_cells",
+    "console demo model schedule",
     "",  # the package itself, lingshu_cell/__init__.py
     "cli",
 )

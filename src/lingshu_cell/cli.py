@@ -1,4 +1,4 @@
-"""The command ``lingshu``: train, generate, evaluate, report, info, config, demo.
+"""The command ``lingshu``: train, generate, evaluate, report, schedule, info, config, demo.
 
 Exit codes: 0 done; 2 a mistake in data, settings or arguments; 130 stopped by Ctrl-C; 1 anything else.
 Results go to stdout, everything else to stderr.
@@ -26,6 +26,7 @@ from lingshu_cell.console import (
     give,
     give_json,
     give_metrics,
+    give_schedules,
     say,
     send_messages_to_stderr,
     settings_toml,
@@ -79,6 +80,10 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that ling
 def _of(setting: str) -> str:
     """Describe a setting of generation in the words of config.py."""
     return str(GenerationConfig.model_fields[setting].description)
+
+
+Steps = Annotated[str | None, typer.Option(metavar="N|auto", help=f"{_of('steps')} The run's own when not given.")]
+MaxKl = Annotated[float | None, typer.Option(metavar="NATS", help=_of("max_kl"))]
 
 
 def _examples(*lines: str) -> str:
@@ -175,6 +180,7 @@ def train(
     epilog=_examples(
         "lingshu generate run --n 1000 --out generated.h5ad",
         'lingshu generate run --n 500 --out b_cells.h5ad --condition cell_type="B cells" --seed 1',
+        "lingshu generate run --n 1000 --out generated.h5ad --steps auto --max-kl 0.5",
         "lingshu generate run --n 1000 --out generated.h5ad --steps 256 --schedule cosine",
     )
 )
@@ -188,10 +194,11 @@ def generate(
             metavar="KEY=VALUE", help="Wanted label; may be repeated. Others are drawn as often as in training."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help=f"{_of('steps')} The run's own when not given.")] = None,
+    steps: Steps = None,
     schedule: Annotated[
         str | None, typer.Option(help=f"{_of('schedule')} {choices_of(GenerationConfig, 'schedule')}.")
     ] = None,
+    max_kl: MaxKl = None,
     seed: Annotated[int | None, typer.Option(min=0, help=_of("seed"))] = None,
     minibatch_size: Annotated[
         int | None, typer.Option(min=1, help=f"{_of('minibatch_size')} Changes memory and speed, never a cell.")
@@ -209,7 +216,8 @@ def generate(
 
     model = load_model(run, pick_device(device))
     wanted = _conditions(condition or ())
-    chosen = {"steps": steps, "schedule": schedule, "seed": seed, "minibatch_size": minibatch_size}
+    plan = {"steps": _steps(steps), "schedule": schedule, "max_kl": max_kl}
+    chosen = {**plan, "seed": seed, "minibatch_size": minibatch_size}
     started = time.monotonic()
     with cells_bar(n) as show:
         written = generate_file(model, n, out, overwrite=overwrite, on_progress=show, condition=wanted, **chosen)
@@ -297,6 +305,64 @@ def report(
     give_json({"report": str(page)}) if json else give(str(page))
 
 
+@app.command(
+    epilog=_examples(
+        "lingshu schedule run",
+        "lingshu schedule run --steps 16",
+        "lingshu schedule run --steps auto --max-kl 0.5 --json",
+        "lingshu schedule run --data heldout.h5ad",
+    )
+)
+def schedule(
+    run: RunFolder,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA.h5ad",
+            help="Measure the information curve anew: on held-out cells, or on the file of the training, whose "
+            "validation cells are then used. May be repeated.",
+        ),
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of the counts in DATA; that of training by default.")] = None,
+    steps: Steps = None,
+    max_kl: MaxKl = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Say what few steps cost, and choose the best schedule.
+
+    Predicts the KL divergence of every schedule from one curve, measured when training ends; draws RUN/schedule.png.
+    """
+    from lingshu_cell.schedule import schedule_run
+    from lingshu_cell.train import pick_device
+
+    found = schedule_run(run, data or (), layer=layer, steps=_steps(steps), max_kl=max_kl, device=pick_device(device))
+    grid, kl = found.chosen.grid.tolist(), found.chosen.predicted_kl
+    if json:
+        give_json(
+            {
+                "run": str(found.checkpoint.folder.parent),
+                "checkpoint": found.checkpoint.folder.name,
+                "measured_on": found.stored.measured_on,
+                "information_curve": found.stored.curve.to_json(),
+                "predicted_kl_nats_per_cell": found.table,
+                "max_kl": found.max_kl,
+                "steps_for_max_kl": found.steps_for_max_kl,
+                "steps": found.chosen.steps,
+                "schedule": found.chosen.name,
+                "visible_counts": grid,
+                "plot": str(found.plot),
+            }
+        )
+        return
+    give(f"information curve of {found.checkpoint.folder.name}, measured on {found.stored.measured_on}")
+    give_schedules(found.table)
+    enough = "more than 1,024" if found.steps_for_max_kl is None else f"{found.steps_for_max_kl:,}"
+    give(f"at most {found.max_kl:g} nats per cell: {enough} steps (--steps auto)")
+    give(f"{found.chosen.name}, {found.chosen.steps:,} steps, {kl:.3g} nats per cell: visible genes {_short(grid)}")
+    give(str(found.plot))
+
+
 @app.command(epilog=_examples("lingshu info run", "lingshu info run --json"))
 def info(run: RunFolder, json: Json = False) -> None:
     """Say what a trained model is: data, genes, conditions, settings, quality."""
@@ -369,6 +435,17 @@ def demo(
         give("seconds: " + ", ".join(f"{stage} {seconds:g}" for stage, seconds in result.seconds.items()))
         give(f"Open {result.report} in a browser.")
     return 0
+
+
+def _steps(text: str | None) -> int | str | None:
+    """Read ``--steps``: a whole number, ``auto``, or nothing."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+
+
+def _short(grid: Sequence[int]) -> str:
+    """Write a grid, its middle left out where it is long."""
+    shown = [f"{n:,}" for n in grid]
+    return " ".join(shown if len(shown) <= 40 else [*shown[:25], "…", *shown[-8:]])
 
 
 def _conditions(pairs: Sequence[str]) -> dict[str, str]:

@@ -86,7 +86,7 @@ class TrainingConfig(_Section):
         "log-uniform", description="Law of the visible share: uniform (paper), or half uniform, half log-uniform."
     )
     weight_power: float = Field(
-        1.0,
+        0.5,
         ge=0,
         le=1,
         description="Weight of a mask is density^-power: 1 is the exact bound, less favours first genes.",
@@ -139,6 +139,7 @@ def _paper(genes_per_group: int) -> dict[str, Any]:
             "warmup_steps": 100,
             "weight_decay": 0.1,
             "masking": "uniform",
+            "weight_power": 1.0,
             "precision": "bf16",
             "condition_dropout": 0.0,
             "validate_every": 1_000,

@@ -144,6 +144,17 @@ def give_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def give_schedules(table: Mapping[int, Mapping[str, float]]) -> None:
+    """Print predicted KL to stdout: a row for each number of steps, a column for each schedule."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", title="predicted KL, nats per cell")
+    shown.add_column("steps", justify="right")
+    for name in next(iter(table.values())):
+        shown.add_column(name, justify="right", min_width=9)
+    for n_steps, row in table.items():
+        shown.add_row(f"{n_steps:,}", *(f"{kl:,.3g}" if kl < 999 else f"{kl:,.0f}" for kl in row.values()))
+    Console().print(shown)
+
+
 def settings_toml(config: Config) -> str:
     """Write a whole configuration as TOML, each setting under its description and range.
 

@@ -11,19 +11,16 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import torch
-from scipy import sparse
 
+from lingshu_cell.aligned_cells import align_cells
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
-from lingshu_cell.data.tokenizer import encode
-from lingshu_cell.data.vocabulary import align_genes, apply_alignment
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.generate import TrainedModel, generate, generate_file, load_model
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import AUTOMATIC, run_config
-from lingshu_cell.tokens import MASK_TOKEN
 from lingshu_cell.train import Progress, pick_device, train
 
 Data = ad.AnnData | Path | str
@@ -156,8 +153,9 @@ class LingshuCell:
         n_cells: int,
         *,
         condition: Mapping[str, str] | None = None,
-        steps: int | None = None,
+        steps: int | str | None = None,
         schedule: str | None = None,
+        max_kl: float | None = None,
         seed: int | None = None,
         minibatch_size: int | None = None,
     ) -> ad.AnnData:
@@ -170,9 +168,13 @@ class LingshuCell:
         condition
             Wanted labels, e.g. ``{"cell_type": "B cells"}``; others are drawn from matching training cells.
         steps
-            Network evaluations per cell, 1 … number of modelled genes; the run's own when not given.
+            Network evaluations per cell, 1 … number of modelled genes, or ``"auto"``: the fewest that keep to
+            ``max_kl``; the run's own when not given.
         schedule
-            How many genes each step reveals: ``geometric``, ``cosine`` or ``uniform``.
+            How many genes each step reveals: ``optimal``, ``geometric``, ``cosine`` or ``uniform``; ``auto`` is
+            ``optimal`` where the run has an information curve, else ``geometric``.
+        max_kl
+            With ``steps="auto"``: most nats per cell that few steps are predicted to cost.
         seed
             0 … 2³¹ − 1; cell i depends on the seed and i, not on ``n_cells`` or ``minibatch_size``.
         minibatch_size
@@ -194,6 +196,7 @@ class LingshuCell:
             condition=condition,
             steps=steps,
             schedule=schedule,
+            max_kl=max_kl,
             seed=seed,
             minibatch_size=minibatch_size,
         )
@@ -275,26 +278,14 @@ class LingshuCell:
             For unusable data, genes that do not fit, or a label the model does not know.
         """
         model, config = self._trained, self._trained.config
-        counts = read_counts(data, layer)
-        alignment = align_genes(model.genes, list(counts.gene_names), counts.var, min_coverage=config.data.min_coverage)
-        aligned, present = apply_alignment(counts.counts, alignment)
-        measured = present[model.modelled]
-        tokens = aligned[:, model.modelled]
-        tokens = sparse.csr_matrix((encode(tokens.data), tokens.indices, tokens.indptr), shape=tokens.shape)
-        fields = [f for f in model.conditions.fields if use_conditions and f in counts.obs]
-        condition_NC = model.conditions.encode({f: counts.obs[f].tolist() for f in fields}, counts.n_cells)
+        cells = align_cells(model, read_counts(data, layer), use_conditions=use_conditions)
         generator = torch.Generator(model.device).manual_seed(seed)
-        size = minibatch_size or config.training.minibatch_size
         nats: list[float] = []
-        for first in range(0, counts.n_cells, size):
-            dense = tokens[first : first + size].toarray()
-            dense[:, ~measured] = MASK_TOKEN
-            x_0_BG = torch.from_numpy(dense).to(model.device)
-            condition_BC = torch.from_numpy(condition_NC[first : first + size]).to(model.device)
+        for x_0_BG, condition_BC in cells.minibatches(minibatch_size or config.training.minibatch_size, model.device):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
                 nats += validation_nelbo(model.network, x_0_BG, condition_BC, generator, n_masks).tolist()
         mean = float(np.mean(nats))
-        return {"nats_per_cell": mean, "bits_per_gene": mean / int(measured.sum()) / math.log(2)}
+        return {"nats_per_cell": mean, "bits_per_gene": mean / int(cells.measured.sum()) / math.log(2)}
 
 
 def run_info(run: Path | str) -> dict[str, Any]:

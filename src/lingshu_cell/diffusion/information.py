@@ -178,7 +178,7 @@ def predicted_kl(grid: np.ndarray, curve: InformationCurve) -> float:
         If the grid is none for G genes.
     """
     grid, h_G = custom_grid(grid, curve.n_genes), curve.everywhere
-    return float(np.diff(grid) @ h_G[grid[:-1]] - h_G.sum())
+    return max(0.0, float(np.diff(grid) @ h_G[grid[:-1]] - h_G.sum()))  # rounding may fall below
 
 
 def optimal_grid(curve: InformationCurve, n_steps: int) -> np.ndarray:

@@ -25,7 +25,8 @@ class MaskLaw:
     weight_power
         The weight is density^-weight_power. 1 is the bound, exactly. Below 1 the first genes of a cell count for more
         than their few nats: which type a cell becomes, how deep it is, and whether it obeys its conditions is decided
-        there, yet a label is worth less than 2 of 3,000 nats. The best answer at each visible share is the same for every weight.
+        there, yet a label is worth less than 2 of 3,000 nats. The best answer at each visible share is the same for
+        every weight.
     """
 
     log_uniform_share: float = 0.0

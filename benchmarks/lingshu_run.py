@@ -1,0 +1,158 @@
+"""One of our models from cells to cells, stage by stage, each to be called in a process of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+from cost import generation_flops_per_cell, network_cost, training_flops_per_cell
+from recording import Stopwatch, say
+
+from lingshu_cell.config import Config
+from lingshu_cell.generate import generate_file, load_model
+from lingshu_cell.model import LingshuCell
+from lingshu_cell.run_config import AUTOMATIC, run_config
+from lingshu_cell.train import Progress, pick_device, train
+
+_MOST_STEPS = 100_000_000  # of a run that its time ends
+_SECONDS_BETWEEN_LINES = 30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one of our models may use.
+
+    Attributes
+    ----------
+    seconds, steps
+        End of training; one of them is None.
+    n_cells
+        Cells to generate.
+    nelbo_cells, nelbo_masks
+        Held-out cells and masks per cell of the likelihood bound; ``nelbo_cells`` None = all.
+    conditioned
+        Whether to condition on ``cell_type`` where every cell has one.
+    settings
+        ``section.key=value`` strings.
+    """
+
+    seconds: float | None
+    steps: int | None
+    n_cells: int
+    nelbo_cells: int | None
+    nelbo_masks: int
+    conditioned: bool
+    settings: tuple[str, ...]
+
+
+def train_model(preset: str, train_file: Path, run: Path, budget: Budget, seed: int) -> dict[str, Any]:
+    """Train a preset on all cells of a file and say how fast it went.
+
+    Nothing is held out inside: the cells that a run would keep for its own validation are trained on too, as a peer
+    trains on them. The bound on the likelihood is computed later, on the benchmark's held-out cells.
+    """
+    end = (
+        [f"training.steps={budget.steps}"]
+        if budget.seconds is None
+        else [f"training.max_seconds={budget.seconds}", f"training.steps={_MOST_STEPS}"]
+    )
+    settings = [*end, "data.validation_fraction=0.0", f"training.checkpoint_every={_MOST_STEPS}"]
+    config = run_config(
+        [train_file],
+        run,
+        preset=preset,
+        settings=[*settings, f"training.seed={seed}", *budget.settings],
+        condition_keys=AUTOMATIC if budget.conditioned else None,
+        on_note=say,
+    )
+    reporter = _Reporter(preset)
+    watch = Stopwatch()
+    result = train([train_file], run, config, on_progress=reporter, on_note=say)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    last = reporter.last
+    return {
+        "training_seconds": result.step * config.training.minibatch_size / last.cells_per_second,
+        "training_seconds_with_reading_and_saving": watch.seconds(),
+        "training_steps": result.step,
+        "training_cells_per_second": last.cells_per_second,
+        "minibatch_size": config.training.minibatch_size,
+        "final_smooth_loss": last.loss,
+        "device": str(pick_device(config.training.device)),
+    }
+
+
+def generate_cells(run: Path, out: Path, budget: Budget, seed: int) -> dict[str, Any]:
+    """Generate into a file and say how fast it went; the time to load the model is not counted."""
+    model = load_model(run, pick_device("auto"))
+    watch = Stopwatch()
+    generate_file(model, budget.n_cells, out, seed=seed)
+    seconds = watch.seconds()
+    generation = model.config.generation
+    return {
+        "generation_seconds": seconds,
+        "generated_cells_per_second": budget.n_cells / seconds,
+        "generation_steps": generation.steps,
+        "schedule": generation.schedule,
+    }
+
+
+def bound_likelihood(run: Path, train_file: Path, held_out_file: Path, budget: Budget) -> dict[str, Any]:
+    """Bound the likelihood of held-out cells, and count operations and parameters."""
+    model = LingshuCell.load(run)
+    held_out = ad.read_h5ad(held_out_file)
+    n_cells = min(held_out.n_obs, budget.nelbo_cells or held_out.n_obs)
+    info, config = model.info(), model.config
+    return {
+        "nelbo": model.nelbo(held_out[:n_cells].copy(), n_masks=budget.nelbo_masks),
+        "nelbo_cells": n_cells,
+        "nelbo_masks": budget.nelbo_masks,
+        "n_parameters": info["n_parameters"],
+        "n_modelled_genes": info["n_modelled_genes"],
+        "condition_keys": list(config.data.condition_keys),
+        "config": config.model_dump(mode="json"),
+        **_operations(config, info["n_modelled_genes"], train_file),
+    }
+
+
+def _operations(config: Config, n_genes: int, train_file: Path) -> dict[str, float]:
+    counts = ad.read_h5ad(train_file).X
+    cost = network_cost(
+        config.network, n_genes, len(config.data.condition_keys), counts.nnz / (counts.shape[0] * n_genes)
+    )
+    generation = config.generation
+    return {
+        "training_flops_per_cell": training_flops_per_cell(cost, n_genes, config.training.minibatch_size),
+        "generation_flops_per_cell": generation_flops_per_cell(
+            cost, n_genes, generation.steps, min(generation.tile_size, n_genes)
+        ),
+    }
+
+
+class _Reporter:
+    """Keeps the last progress and prints one now and then."""
+
+    def __init__(self, preset: str) -> None:
+        self._preset, self._watch, self._next = preset, Stopwatch(), 0.0
+        self.last: Progress
+
+    def __call__(self, progress: Progress) -> None:
+        self.last = progress
+        if self._watch.seconds() >= self._next:
+            say(
+                f"{self._preset}: step {progress.step}, loss {progress.loss:.0f} nats per cell, "
+                f"{progress.cells_per_second:.1f} cells/s, {progress.seconds_left:.0f} s left"
+            )
+            self._next = self._watch.seconds() + _SECONDS_BETWEEN_LINES
+
+
+def settings_for(preset: str, chosen: Sequence[str], on_gpu: bool) -> tuple[str, ...]:
+    """Settings of a preset: what the user chose, and on a CPU smaller pieces for the paper's networks.
+
+    One minibatch of 256 cells, or one tile of 64, of the paper's networks takes minutes on a CPU; without smaller ones
+    no step would end within the budget.
+    """
+    small_pieces = ("training.minibatch_size=4", "training.warmup_steps=10", "generation.tile_size=4",
+                    "generation.minibatch_size=4")  # fmt: skip
+    return (*(small_pieces if preset.startswith("paper") and not on_gpu else ()), *chosen)
