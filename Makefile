@@ -17,8 +17,8 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 help:
 	@echo "make demo   train, generate, evaluate and report on bundled blood cells, in demo-run/"
 	@echo "make test   the quick tests"
-	@echo "make bench  the tests that take minutes"
-	@echo "make gpu    the tests that need a CUDA device (GPU_PYTHON=python3 to use a Python that has all packages)"
+	@echo "make bench  slow tests, and all that is in benchmarks/results anew: about two hours on two idle cores"
+	@echo "make gpu    tests and measurements that need a CUDA device (GPU_PYTHON=python3 to use a Python that has all packages)"
 	@echo "make lint   style"
 	@echo "make clean  remove the virtual environment and caches"
 
@@ -49,11 +49,24 @@ browser:
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
+# benchmarks/README.md says what each line measures and how long it takes.
+BENCH := $(BIN)/python benchmarks
+PBMC := build/fidelity/fidelity-pbmc3k
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+	PYTHON=$(PYTHON) benchmarks/peers/make_venv.sh
+	$(BENCH)/fidelity.py --data pbmc3k
+	$(BENCH)/fidelity.py --data marrow_cd34
+	$(BENCH)/fidelity.py --data dentate_gyrus_mouse
+	$(BENCH)/paper_step.py
+	$(BENCH)/steps_front.py $(PBMC)/small/run $(PBMC)/heldout.h5ad $(PBMC)/train.h5ad
+	$(BENCH)/demo_time.py
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  PYTHONPATH=src $(GPU_PYTHON) benchmarks/paper_step.py --device cuda --precisions bf16; \
+	else echo "no CUDA device: the tests were skipped and nothing was measured"; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Floating-point operations of each network, from its sizes: 2 per multiplication and addition of a matrix product.
 
 Element-wise work, look-ups, norms and the optimiser are left out, as is usual. A backward pass costs two forward
-passes. ``paper_step.py`` compares the formulas with PyTorch's counter.
+passes, or one for a product with data. ``paper_step.py`` compares the formulas with PyTorch's counter (which does not
+know attention on a CPU).
 
 G genes, S genes per group, P = ceil(G / S) + C tokens (C condition fields), D width, F feed-forward width, L blocks,
 V = 281 expression tokens, T = 282 + conditions input tokens, E gene width, J = 3 statistics, K small values.
@@ -28,15 +29,22 @@ class ForwardCost:
         What each scored or drawn gene adds.
     per_step
         What a step costs once, for all cells of the minibatch.
+    with_data
+        Part of ``per_cell`` that multiplies data, which need no gradient.
     """
 
     per_cell: float
     per_gene: float
-    per_step: float
+    per_step: float = 0.0
+    with_data: float = 0.0
 
     def of(self, n_cells: int, n_genes_asked: float) -> float:
         """Operations of a step with ``n_genes_asked`` scored or drawn genes in each of ``n_cells`` cells."""
         return n_cells * (self.per_cell + n_genes_asked * self.per_gene) + self.per_step
+
+    def with_backward(self, n_cells: int, n_genes_asked: float) -> float:
+        """Operations of a training step."""
+        return 3 * self.of(n_cells, n_genes_asked) - n_cells * self.with_data
 
 
 def transformer_cost(network: TransformerConfig, n_genes: int, n_fields: int = 0) -> ForwardCost:
@@ -62,14 +70,15 @@ def transformer_cost(network: TransformerConfig, n_genes: int, n_fields: int = 0
     return ForwardCost(blocks, 2 * d * N_EXPRESSION_TOKENS, per_step)
 
 
-def set_cost(network: SetConfig, n_genes: int, nonzero_share: float) -> ForwardCost:
+def set_cost(network: SetConfig, n_genes: int, nonzero_share: float, training: bool) -> ForwardCost:
     """Count our network.
 
     * evidence: 2 · 2 G E (detected or not, and log count)
     * trunk: 2 D (2 E + 36) in, L · 2 (3 D F + 2 · 36 D)
-    * gate: 2 D E + 2 G E, for all genes
-    * values of genes that are not zero: queries 2 · 2 D J E, tilt 2 J G E (dense), then 2 J K per such gene; the tail
-      (a percent of the genes at most) is left out
+    * gate: 2 D E + 2 G E, for all genes (generation asks for less in the first steps of a geometric schedule)
+    * values: queries 2 · 2 D J E; tilt 2 J G E in training, where half of all genes are scored in one dense product,
+      2 J E per gene that is not zero in generation, where few are drawn at a time; then 2 J K per gene that is not zero
+    * the tail's values (of a percent of the genes at most) are left out
 
     Parameters
     ----------
@@ -79,27 +88,30 @@ def set_cost(network: SetConfig, n_genes: int, nonzero_share: float) -> ForwardC
         G.
     nonzero_share
         Share of the counts that are not zero; only these have values.
+    training
+        Whether the step scores half of the genes or draws a few.
     """
     e, d, f = network.gene_width, network.width, network.feedforward_width
     evidence = 4 * n_genes * e
     trunk = 2 * d * (2 * e + _N_FEATURES) + network.n_blocks * 2 * (3 * d * f + 2 * _N_FEATURES * d)
     gate = 2 * d * e + 2 * n_genes * e
-    values = 4 * d * _J * e + 2 * _J * n_genes * e
-    return ForwardCost(evidence + trunk + gate + values, nonzero_share * 2 * _J * network.n_small_values, 0.0)
+    values = 4 * d * _J * e + (2 * _J * n_genes * e if training else 0)
+    per_value = 2 * _J * (network.n_small_values + (0 if training else e))
+    return ForwardCost(evidence + trunk + gate + values, nonzero_share * per_value, with_data=evidence)
 
 
 def network_cost(
-    network: TransformerConfig | SetConfig, n_genes: int, n_fields: int, nonzero_share: float
+    network: TransformerConfig | SetConfig, n_genes: int, n_fields: int, nonzero_share: float, training: bool
 ) -> ForwardCost:
     """Count whichever network a configuration asks for; see the two functions above."""
     if isinstance(network, TransformerConfig):
         return transformer_cost(network, n_genes, n_fields)
-    return set_cost(network, n_genes, nonzero_share)
+    return set_cost(network, n_genes, nonzero_share, training)
 
 
 def training_flops_per_cell(cost: ForwardCost, n_genes: int, minibatch_size: int) -> float:
-    """Count forward and backward pass of one cell, half of its genes scored on average: 3 · forward."""
-    return 3 * cost.of(minibatch_size, n_genes / 2) / minibatch_size
+    """Count forward and backward pass of one cell, half of its genes scored on average."""
+    return cost.with_backward(minibatch_size, n_genes / 2) / minibatch_size
 
 
 def generation_flops_per_cell(cost: ForwardCost, n_genes: int, n_steps: int, tile_size: int) -> float:

@@ -1,4 +1,4 @@
-"""Time and memory of one training step and one generation step at 18,080 genes, on this CPU and on a GPU if there is one.
+"""Time and memory of one training step and one generation step at 18,080 genes, on a CPU or a GPU.
 
     python benchmarks/paper_step.py
     python benchmarks/paper_step.py --device cuda --precisions bf16 --minibatches 64,256
@@ -22,6 +22,7 @@ from recording import environment, markdown_table, run_in_child, say, write_resu
 N_GENES = 18_080  # the human gene list of the preprint
 _CEILING_SIZE = {"cpu": 2_048, "cuda": 8_192}
 _SEED = 0
+_STEPS_WHERE_AUTOMATIC = 64  # of a preset that leaves the number of steps to each run's information curve
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,18 @@ def real_tokens(n_cells: int, n_genes: int) -> Any:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Time one case, count its operations by formula and by PyTorch's counter, and measure the ceiling."""
+    """Time one case, count its operations by formula and by PyTorch's counter, and measure the ceiling.
+
+    Parameters
+    ----------
+    case
+        What to measure.
+
+    Returns
+    -------
+    dict
+        The case, and the measurements of it or, when it needs more memory than there is, ``why`` there are none.
+    """
     import torch
     from cost import network_cost
     from torch.utils.flop_counter import FlopCounterMode
@@ -83,11 +95,11 @@ def measure(case: Case) -> dict[str, Any]:
 
     config = load_config(case.preset)
     x_0_BG = real_tokens(case.n_cells, case.n_genes)
-    cost = network_cost(config.network, case.n_genes, 0, float((x_0_BG > 0).float().mean()))
+    cost = network_cost(config.network, case.n_genes, 0, float((x_0_BG > 0).float().mean()), case.training)
     network = build_denoiser(config.network, case.n_genes, (), torch.from_numpy(token_midpoints()), _SEED)
     network, x_0_BG = network.to(case.device), x_0_BG.to(case.device)
     prepare = _training_step if case.training else _generation_step
-    step, n_asked, passes = prepare(network, x_0_BG, config, case)
+    step, n_asked = prepare(network, x_0_BG, config, case)
     try:
         with FlopCounterMode(display=False) as counter:
             step()  # also warms up
@@ -95,9 +107,9 @@ def measure(case: Case) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         return {**asdict(case), "why": "out of memory"}
     median = statistics.median(seconds)
-    flops = passes * cost.of(case.n_cells, n_asked)
+    flops = (cost.with_backward if case.training else cost.of)(case.n_cells, n_asked)
     ceiling = _ceiling(case)
-    n_steps = 1 if case.training else config.generation.steps
+    n_steps = 1 if case.training else _n_steps(config)
     return {
         **asdict(case),
         "n_parameters": sum(p.numel() for p in network.parameters()),
@@ -115,8 +127,8 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _training_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tuple[Callable[[], None], float, int]:
-    """Forward, backward, clipping, AdamW and two averages, as train.py does it; genes scored and forward passes."""
+def _training_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tuple[Callable[[], None], float]:
+    """Forward, backward, clipping, AdamW and two averages, as train.py does it; and the genes scored in each cell."""
     import torch
 
     from lingshu_cell.diffusion.loss import nelbo_estimate
@@ -145,11 +157,11 @@ def _training_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tuple[
         for average in averages:
             average.update(parameters, 1)
 
-    return step, case.n_genes / 2, 3
+    return step, case.n_genes / 2
 
 
-def _generation_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tuple[Callable[[], None], float, int]:
-    """One network evaluation and the draw of the genes of a mean step; genes drawn and forward passes."""
+def _generation_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tuple[Callable[[], None], float]:
+    """One network evaluation and the draw of the genes of a mean step; and how many these are."""
     import torch
 
     from lingshu_cell.network.distribution import Positions
@@ -157,7 +169,7 @@ def _generation_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tupl
 
     network.eval()
     generator = torch.Generator(case.device).manual_seed(_SEED)
-    n_revealed = max(round(case.n_genes / config.generation.steps), 1)
+    n_revealed = max(round(case.n_genes / _n_steps(config)), 1)
     order_BG = torch.argsort(torch.rand(x_0_BG.shape, generator=generator, device=case.device), dim=1)
     x_t_BG = torch.where(order_BG < case.n_genes // 2, x_0_BG, MASK_TOKEN).to(x_0_BG.dtype)
     revealed = (order_BG >= case.n_genes // 2) & (order_BG < case.n_genes // 2 + n_revealed)
@@ -170,7 +182,11 @@ def _generation_step(network: Any, x_0_BG: Any, config: Any, case: Case) -> tupl
         with torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
             network(x_t_BG, condition_B0).draw(positions, uniform_M2)
 
-    return step, n_revealed, 1
+    return step, n_revealed
+
+
+def _n_steps(config: Any) -> int:
+    return _STEPS_WHERE_AUTOMATIC if config.generation.steps == "auto" else config.generation.steps
 
 
 def _ceiling(case: Case) -> float:
@@ -203,13 +219,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         base, speed = small.get((r["precision"], r["training"])), r.get("cells_per_second")
         memory = r.get("device_peak_memory_gib") or r.get("peak_memory_gib")
-        lines.append(
-            [r["preset"], r["precision"], "training" if r["training"] else "generation", r["n_cells"]]
-            + [r.get("seconds", r.get("why")), memory, r.get("steps_per_cell"), speed]
-            + [r.get("gflop"), r.get("gflop_counted_by_torch"), r.get("share_of_matmul")]
-            + [base / speed if base and speed else None]
-        )
-    header = ["preset", "precision", "step", "cells", "seconds", "peak GiB", "steps per cell", "cells/s", "GFLOP by formula"]
+        step = "training" if r["training"] else "generation"
+        lines.append([r["preset"], r["precision"], step, r["n_cells"], r.get("seconds", r.get("why")), memory])
+        lines[-1] += [r.get(key) for key in ("steps_per_cell", "cells_per_second", "gflop", "gflop_counted_by_torch")]
+        lines[-1] += [r.get("share_of_matmul"), base / speed if base and speed else None]
+    header = [
+        "preset",
+        "precision",
+        "step",
+        "cells",
+        "seconds",
+        "peak GiB",
+        "steps per cell",
+        "cells/s",
+        "GFLOP by formula",
+    ]
     return markdown_table([*header, "GFLOP counted", "share of matmul speed", "small is faster by"], lines)
 
 
@@ -234,12 +258,11 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     for preset, precision, step in product(args.presets.split(","), args.precisions.split(","), args.steps.split(",")):
         on_cpu, small, training = args.device == "cpu", preset == "small", step == "training"
         if training:
-            sizes = args.minibatches.split(",") if args.minibatches else (["128" if small else "2"] if on_cpu else ["64", "256"])
+            usual = ("128" if small else "2") if on_cpu else "64,256"
+            sizes = (args.minibatches or usual).split(",")
         else:
             sizes = [args.generated or ((128 if small else 4) if on_cpu else 64)]
-        cases += [
-            Case(preset, precision, args.device, training, int(n), args.repeats, args.n_genes) for n in sizes
-        ]
+        cases += [Case(preset, precision, args.device, training, int(n), args.repeats, args.n_genes) for n in sizes]
     return cases
 
 
@@ -254,7 +277,7 @@ def main() -> None:
         f"One step at {args.n_genes:,} genes on {args.device}: forward, backward, clipping, AdamW and two averages for "
         "training; one network evaluation and the draw of a mean step's genes for generation. Median of "
         f"{args.repeats} after one. Peak memory is that of the process (on CUDA that of the allocator). cells/s of "
-        "generation count all steps of the preset."
+        "generation count all steps of the preset. PyTorch's counter does not count attention on a CPU."
     )
     write_result(args.name or f"paper_step-{args.device}", about, facts, {"cases": rows}, [table(rows)])
 

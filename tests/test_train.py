@@ -167,6 +167,14 @@ def test_outputs_that_exist_and_runs_that_do_not_are_refused(trained_run, pbmc, 
         train([pbmc], tmp_path / "absent", tiny_config(), resume=True)
 
 
+def test_refused_data_leave_no_folder_behind(pbmc, tmp_path):
+    broken = pbmc.copy()
+    broken.X = broken.X.astype("float32") * 0.5
+    with pytest.raises(LingshuError, match="integers"):
+        train([broken], tmp_path / "run", tiny_config("small"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_trainings_in_one_folder_are_refused(pbmc, tmp_path):
     (tmp_path / "run").mkdir()
     with lock_run(tmp_path / "run"), pytest.raises(LingshuError, match=r"one training at a time: .* is in use"):

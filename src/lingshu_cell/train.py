@@ -38,7 +38,7 @@ _VALIDATION_MASKS = 4
 _CELL_VISITS_PER_CURVE_CELL = 400  # so that the information curve costs a few percent of training
 _LEAST_CURVE_CELLS = 16
 _DIVERGED = 3.0  # times the first loss
-_PASSES, _FEWEST_STEPS = 18, 300
+_PASSES, _FEWEST_STEPS, _MOST_STEPS = 40, 300, 4_000
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,13 @@ def train(
     """
     run = Path(out).expanduser()
     _check_output(run, resume)
-    data_sets = [read_counts(source, config.data.layer, config.data.condition_keys) for source in sources]
-    cells = assemble(data_sets, **config.data.model_dump(exclude={"layer"}))
+    try:
+        data_sets = [read_counts(source, config.data.layer, config.data.condition_keys) for source in sources]
+        cells = assemble(data_sets, **config.data.model_dump(exclude={"layer"}))
+    except LingshuError:
+        with contextlib.suppress(OSError):
+            run.rmdir()  # only if it is empty: refused data leave nothing behind
+        raise
     config = _with_steps(config, len(cells.train))
     for note in cells.notes:
         on_note(note)
@@ -340,10 +345,11 @@ class _Trainer:
 
 
 def _with_steps(config: Config, n_training_cells: int) -> Config:
-    """Turn ``training.steps = "auto"`` into a number: more passes over few cells only fit their noise (docs/log.md)."""
+    """Turn ``training.steps = "auto"`` into a number: cells get better up to about 40 passes (docs/log.md)."""
     if config.training.steps != "auto":
         return config
-    steps = max(_FEWEST_STEPS, math.ceil(_PASSES * n_training_cells / config.training.minibatch_size))
+    steps = math.ceil(_PASSES * n_training_cells / config.training.minibatch_size)
+    steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
 
 
