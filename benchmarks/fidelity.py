@@ -238,8 +238,8 @@ def main() -> None:
     about = (
         f"{Path(args.data).name}: {cells.n_obs:,} cells × {cells.n_vars:,} genes; {n_train:,} cells for training, "
         f"{n_held_out:,} held out (split seed 0); seed {args.seed}. Training: {end}. Of the training cells each model "
-        "keeps a tenth for its own validation, as it does by default (paper on a CPU: none). The bound of scvi includes "
-        "its library size and is over counts, ours is over tokens, which merge counts of 100 and more. Real-vs-real "
+        "keeps a tenth for its own validation, as it does by default (paper on a CPU: none). The bound of scvi counts "
+        "its library size in and is over counts, ours is over tokens, which merge counts of 100 and more. Real-vs-real "
         "and shuffled are those of the first model's evaluation."
     )
     body = {"data": Path(args.data).name, "n_cells": cells.n_obs, "n_held_out": n_held_out, "models": records}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: huge pages make a training step on CPUs much faster
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin cost several times the work
 
 import typer
 from rich.markup import escape
