@@ -427,3 +427,17 @@ def test_mistakes_are_told_in_one_line(trained_run, tmp_path, monkeypatch, lings
     code, out, err = lingshu(*(trained_run if word == "RUN" else word for word in words))
     assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_custom_schedule_reveals_the_counts_it_names():
+    chosen = choose_schedule(3000, cell_like_curve(3000), steps=64, schedule="1,10,100,1000", max_kl=1.0)
+    assert (chosen.name, chosen.steps, chosen.grid.tolist()) == ("custom", 5, [0, 1, 10, 100, 1000, 3000])
+    assert chosen.predicted_kl == predicted_kl(chosen.grid, cell_like_curve(3000))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("1,ten", "whole visible counts"), ("10,10", "rise strictly"), ("10,3000", "rise strictly")]
+)
+def test_a_custom_schedule_that_is_none_is_refused(text, said):
+    with pytest.raises(LingshuError, match=said):
+        choose_schedule(3000, None, steps=64, schedule=text, max_kl=1.0)

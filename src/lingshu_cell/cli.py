@@ -197,7 +197,10 @@ def generate(
     ] = None,
     steps: Steps = None,
     schedule: Annotated[
-        str | None, typer.Option(help=f"{_of('schedule')} {choices_of(GenerationConfig, 'schedule')}.")
+        str | None,
+        typer.Option(
+            help=f"{_of('schedule')} {choices_of(GenerationConfig, 'schedule')}, or visible counts: 1,10,100,1000."
+        ),
     ] = None,
     max_kl: MaxKl = None,
     seed: Annotated[int | None, typer.Option(min=0, help=_of("seed"))] = None,

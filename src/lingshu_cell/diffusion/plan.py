@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lingshu_cell.diffusion.information import InformationCurve, optimal_grid, predicted_kl, steps_for
-from lingshu_cell.diffusion.schedule import GRIDS
+from lingshu_cell.diffusion.schedule import GRIDS, custom_grid
 from lingshu_cell.errors import LingshuError
 
 SCHEDULES = (*GRIDS, "optimal")
@@ -18,7 +18,7 @@ class Schedule:
     Attributes
     ----------
     name
-        ``uniform``, ``cosine``, ``geometric`` or ``optimal``.
+        ``uniform``, ``cosine``, ``geometric``, ``optimal`` or ``custom``.
     grid
         Visible counts 0 = n_0 < … < n_N = G, int64.
     predicted_kl
@@ -49,7 +49,8 @@ def choose_schedule(
     steps
         N, 1 … G, or ``auto``: the fewest that are predicted to cost at most ``max_kl``.
     schedule
-        One of :data:`SCHEDULES`, or ``auto``: ``optimal`` with a curve, else ``geometric``.
+        One of :data:`SCHEDULES`; ``auto``: ``optimal`` with a curve, else ``geometric``; or a custom one: the visible
+        counts between the steps, like ``1,10,100,1000``, which fixes the number of steps.
     max_kl
         Nats per cell, more than 0; only read with ``steps = auto``.
 
@@ -58,9 +59,15 @@ def choose_schedule(
     LingshuError
         On an unknown schedule, an impossible number of steps or budget, or a wish that needs a curve.
     """
+    if schedule[:1].isdigit():
+        return _custom(schedule, n_genes, curve)
     name = schedule if schedule != "auto" else "geometric" if curve is None else "optimal"
     if name not in SCHEDULES:
-        raise LingshuError("The schedule must exist", f"'{name}'", f"Choose one of {', '.join((*SCHEDULES, 'auto'))}")
+        raise LingshuError(
+            "The schedule must exist",
+            f"'{name}'",
+            f"Choose one of {', '.join((*SCHEDULES, 'auto'))}, or counts like 1,10,100",
+        )
     if isinstance(steps, str) and steps != "auto":
         raise LingshuError("The number of steps must be a whole number or auto", f"'{steps}'", "Change --steps")
     if not max_kl > 0:
@@ -75,3 +82,14 @@ def choose_schedule(
         steps = steps_for(curve, max_kl, GRIDS.get(name))
     grid = optimal_grid(curve, steps) if name == "optimal" else GRIDS[name](n_genes, steps)
     return Schedule(name, grid, None if curve is None else predicted_kl(grid, curve))
+
+
+def _custom(text: str, n_genes: int, curve: InformationCurve | None) -> Schedule:
+    try:
+        between = [int(count) for count in text.split(",")]
+    except ValueError:
+        raise LingshuError(
+            "A custom schedule must be whole visible counts", f"'{text}'", "Write for example 1,10,100,1000"
+        ) from None
+    grid = custom_grid([0, *between, n_genes], n_genes)
+    return Schedule("custom", grid, None if curve is None else predicted_kl(grid, curve))
