@@ -315,7 +315,9 @@ def _tile_tokens(model: TrainedModel, seeds: np.ndarray, conditions: np.ndarray,
     noise = draw_cell_noise(seeds.tolist(), n_genes, model.device)
     start_BG = torch.full((len(seeds), n_genes), MASK_TOKEN, dtype=torch.int16, device=model.device)
     condition_BC = torch.from_numpy(conditions).to(model.device)
-    return sample_cells(model.network, start_BG, condition_BC, noise, grid.tolist()).cpu().numpy()
+    bf16 = model.config.training.precision == "bf16"  # as in training: the trunk only, heads and draws stay in fp32
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+        return sample_cells(model.network, start_BG, condition_BC, noise, grid.tolist()).cpu().numpy()
 
 
 def _chunk(model: TrainedModel, tokens: np.ndarray, seeds: np.ndarray, conditions: np.ndarray) -> GeneratedChunk:
