@@ -2,8 +2,7 @@
 
 A cell has about 90 % zeros. The head first says zero or not for every gene (one low-rank matmul), then, only for the
 genes that are not zero, which of 1, 2, …, K - 1, "K or more", and only for those of K and more, which token exactly.
-The product of the three is a categorical distribution over all tokens (method notes, section 7, point 7; a test
-compares it with the sum).
+The product of the three is a categorical distribution over all tokens (a test adds it up to one).
 
 Values are exponential families: each gene has a base measure, started at its own frequencies, and the cell tilts it
 along a few statistics of the count (log v, v, log² v: enough for a Poisson, a negative binomial or a log-normal to
