@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.errors import LingshuError
 
 
 class _Section(BaseModel):
@@ -267,8 +267,3 @@ def _keys_at(path: tuple[int | str, ...]) -> list[str]:
         if part in sections:
             return list(sections[str(part)].model_fields)
     return list(Config.model_fields)
-
-
-def describe_presets() -> str:
-    """Name the presets for a help text."""
-    return offenders(PRESETS)

@@ -73,6 +73,11 @@ class TrainedModel:
         """Where the network is."""
         return next(self.network.parameters()).device
 
+    def autocast(self) -> torch.autocast:
+        """The precision it was trained in: bf16 for the trunk or plain fp32; heads and draws stay in fp32."""
+        bf16 = self.config.training.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+
 
 def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str | None = None) -> TrainedModel:
     """Load the newest checkpoint of a run for generation.
@@ -315,8 +320,7 @@ def _tile_tokens(model: TrainedModel, seeds: np.ndarray, conditions: np.ndarray,
     noise = draw_cell_noise(seeds.tolist(), n_genes, model.device)
     start_BG = torch.full((len(seeds), n_genes), MASK_TOKEN, dtype=torch.int16, device=model.device)
     condition_BC = torch.from_numpy(conditions).to(model.device)
-    bf16 = model.config.training.precision == "bf16"  # as in training: the trunk only, heads and draws stay in fp32
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+    with model.autocast():
         return sample_cells(model.network, start_BG, condition_BC, noise, grid.tolist()).cpu().numpy()
 
 

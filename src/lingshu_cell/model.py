@@ -282,7 +282,7 @@ class LingshuCell:
         generator = torch.Generator(model.device).manual_seed(seed)
         nats: list[float] = []
         for x_0_BG, condition_BC in cells.minibatches(minibatch_size or config.training.minibatch_size, model.device):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+            with model.autocast():
                 nats += validation_nelbo(model.network, x_0_BG, condition_BC, generator, n_masks).tolist()
         mean = float(np.mean(nats))
         return {"nats_per_cell": mean, "bits_per_gene": mean / int(cells.measured.sum()) / math.log(2)}

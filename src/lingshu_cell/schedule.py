@@ -128,7 +128,7 @@ def _measure(model: TrainedModel, data: Sequence[Path | str | ad.AnnData], layer
         )
     )
     generator = torch.Generator(model.device).manual_seed(1)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.config.training.precision == "bf16"):
+    with model.autocast():
         curve = measure_curve(model.network, minibatches, knots(len(model.modelled)), generator)
     return StoredCurve(curve, f"{len(held_out):,} {words}")
 

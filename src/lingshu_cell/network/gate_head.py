@@ -36,7 +36,7 @@ class GateHead(nn.Module):
     def __init__(self, n_genes: int, width: int, gene_width: int, n_small_values: int, count_of_token: Tensor) -> None:
         super().__init__()
         n_tail = N_EXPRESSION_TOKENS - n_small_values
-        self.n_small_values, self.gene_width = n_small_values, gene_width
+        self.n_small_values = n_small_values
         self.register_buffer("tail_count_L", count_of_token[n_small_values:].float(), persistent=False)
         self.gene_GE = nn.Parameter(torch.empty(n_genes, gene_width))
         self.gate_query = nn.Linear(width, gene_width)
