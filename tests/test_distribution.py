@@ -200,3 +200,13 @@ def test_extreme_logits_stay_finite():
     assert nll_B.item() == pytest.approx(expected, rel=1e-5)
     unlikely = distribution.nll(torch.tensor([[1, 1, 0]]), torch.ones(1, 3, dtype=torch.bool))
     assert unlikely.item() == pytest.approx(200 + math.log(2) + 2 * math.log(K) + 200, rel=1e-4)
+
+
+def test_the_gate_head_stays_in_fp32_under_autocast():
+    everywhere = Positions.where(torch.ones(4, N_GENES, dtype=torch.bool))
+    x_0_BG = torch.randint(0, 40, (4, N_GENES), generator=rng())
+    scored_BG = torch.ones_like(x_0_BG, dtype=torch.bool)
+    plain = gated().log_probabilities(everywhere), gated().nll(x_0_BG, scored_BG)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = gated().log_probabilities(everywhere), gated().nll(x_0_BG, scored_BG)
+    assert all(torch.equal(one, other) for one, other in zip(plain, mixed, strict=True))

@@ -125,7 +125,8 @@ class GatedDistribution(CountDistribution):
 
     def gate_logits(self) -> Tensor:
         """Logit of p(x_g > 0), B × G, float32."""
-        return torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
+        with self._fp32():
+            return torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`."""
@@ -178,13 +179,19 @@ class GatedDistribution(CountDistribution):
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
-        tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ[positions.gene_M]
-        return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK[positions.gene_M]
+        with self._fp32():
+            tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ[positions.gene_M]
+            return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK[positions.gene_M]
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
-        tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ[positions.gene_M]
-        return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
+        with self._fp32():
+            tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ[positions.gene_M]
+            return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
+
+    def _fp32(self) -> torch.autocast:
+        """Keep out of an autocast around the caller, as the parts are computed when asked for."""
+        return torch.autocast(self._h_BD.device.type, enabled=False)
 
     def _tilt(self, query: nn.Linear, positions: Positions) -> Tensor:
         """q_j(h) · U_g at the positions, M × J: one dense product where many are asked for, gathered rows where few
