@@ -255,9 +255,9 @@ def test_validation_cells_come_from_all_parts_of_a_sorted_file(tmp_path, monkeyp
     adata = adata[np.argsort(adata.obs["cell_type"].astype(str), kind="stable")].copy()
     scored: list[int] = []
 
-    def watched(denoise, x_0_BG, condition_BC, *rest):
-        scored.extend(condition_BC[:, 0].tolist())
-        return validation_nelbo(denoise, x_0_BG, condition_BC, *rest)
+    def watched(denoise, x_0_BG, conditions, *rest):
+        scored.extend(conditions.category_BC[:, 0].tolist())
+        return validation_nelbo(denoise, x_0_BG, conditions, *rest)
 
     monkeypatch.setattr("lingshu_cell.train.validation_nelbo", watched)
     config = tiny_config(data={"validation_fraction": 0.5}, training={"steps": 1, "minibatch_size": 256})
@@ -290,7 +290,7 @@ def test_papers_network_learns_from_scratch_that_most_counts_are_zero(tmp_path):
 
 def marginal_nll(adata: ad.AnnData, config: Config) -> float:
     """Held-out nats per cell when every gene is drawn from its own token frequencies (with one pseudo-cell)."""
-    cells = assemble([read_counts(adata)], **config.data.model_dump(exclude={"layer"}))
+    cells = assemble([read_counts(adata)], **config.data.assembly())
     counts_GV = cells.token_counts()
     overall_V = counts_GV.sum(0) + 0.01
     p_GV = counts_GV + overall_V / overall_V.sum()

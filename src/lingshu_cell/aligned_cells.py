@@ -11,10 +11,12 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.data.anndata_io import CountMatrix
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.data.vocabulary import align_genes, apply_alignment
 from lingshu_cell.generate import TrainedModel
+from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.tokens import MASK_TOKEN
 
 
@@ -24,6 +26,8 @@ class AlignedCells:
 
     Attributes
     ----------
+    conditioner
+        That of the model.
     tokens
         Expression tokens of the modelled genes, CSR int16, N × G, zeros not stored.
     measured
@@ -32,14 +36,15 @@ class AlignedCells:
         Index of each cell's condition in each field, 0 = unknown.
     """
 
+    conditioner: Conditioner
     tokens: sparse.csr_matrix
     measured: np.ndarray
     condition_NC: np.ndarray
 
     def minibatches(
         self, size: int, device: torch.device, cells: np.ndarray | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give ``x_0_BG`` (``MASK_TOKEN`` where a gene was not measured) and ``condition_BC`` of ``size`` cells at a
+    ) -> Iterator[tuple[Tensor, Conditions]]:
+        """Give ``x_0_BG`` (``MASK_TOKEN`` where a gene was not measured) and conditions of ``size`` cells at a
         time; of all cells, or of those whose indices are given.
         """
         cells = np.arange(self.tokens.shape[0]) if cells is None else cells
@@ -47,7 +52,7 @@ class AlignedCells:
             some = cells[first : first + size]
             dense = self.tokens[some].toarray()
             dense[:, ~self.measured] = MASK_TOKEN
-            yield torch.from_numpy(dense).to(device), torch.from_numpy(self.condition_NC[some]).to(device)
+            yield torch.from_numpy(dense).to(device), self.conditioner.conditions(self.condition_NC[some]).to(device)
 
 
 def align_cells(model: TrainedModel, data: CountMatrix, *, use_conditions: bool = True) -> AlignedCells:
@@ -73,6 +78,7 @@ def align_cells(model: TrainedModel, data: CountMatrix, *, use_conditions: bool 
     counts = counts[:, model.modelled]
     fields = [f for f in model.conditions.fields if use_conditions and f in data.obs]
     return AlignedCells(
+        conditioner=model.conditioner,
         tokens=sparse.csr_matrix((encode(counts.data), counts.indices, counts.indptr), shape=counts.shape),
         measured=present[model.modelled],
         condition_NC=model.conditions.encode({f: data.obs[f].tolist() for f in fields}, data.n_cells),

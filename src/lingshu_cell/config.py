@@ -21,12 +21,47 @@ class DataConfig(_Section):
 
     layer: str | None = Field(None, description="Layer with raw counts; X when not given.")
     condition_keys: tuple[str, ...] = Field((), description="obs columns the model is conditioned on, e.g. cell_type.")
+    perturbation_key: str | None = Field(
+        None, description="obs column of perturbations (gene target, cytokine, drug; control cells have a label too)."
+    )
+    control: str | None = Field(None, description="Label of control cells in perturbation_key.")
+    combination_separator: str = Field("+", description="What joins the parts of a combination; empty: none.")
+    dose_key: str | None = Field(None, description="obs column of doses, numbers above 0 in one unit.")
+    control_share: float = Field(
+        1.0, gt=0, le=1, description="Most that control cells may be of the training cells (paper: 0.1); 1 keeps all."
+    )
+    context: bool = Field(
+        True, description="With perturbations: also condition on an average of control cells of the same identity."
+    )
+    prior_effects: bool = Field(
+        True, description="With perturbations: also tell the effect expected from other identities or from embeddings."
+    )
+    embeddings: tuple[str, ...] = Field(
+        (), description="Files of gene or drug embeddings (npz, parquet, safetensors, csv) for perturbations not seen."
+    )
+    depth: bool = Field(False, description="Also condition on library size, so that it can be asked for.")
+    split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
         3, ge=0, description="Genes detected in fewer training cells are drawn from their frequency, not modelled."
     )
     min_coverage: float = Field(0.5, ge=0, le=1, description="Least share of the gene list every data set must cover.")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="Share of cells held out for the validation NELBO.")
     split_seed: int = Field(0, ge=0, description="Seed of the training / validation split.")
+
+    def assembly(self) -> dict[str, Any]:
+        """Give the settings that decide how data sets are brought together."""
+        later = {"layer", "combination_separator", "context", "prior_effects", "embeddings", "depth"}
+        return self.model_dump(exclude=later)
+
+    @model_validator(mode="after")
+    def _perturbations_have_a_control(self) -> "DataConfig":
+        if (self.perturbation_key is None) != (self.control is None):
+            raise ValueError("perturbation_key and control go together")
+        if self.perturbation_key in self.condition_keys:
+            raise ValueError(f"'{self.perturbation_key}' is the perturbation_key, not one of condition_keys")
+        if self.perturbation_key is None and (self.dose_key or self.embeddings):
+            raise ValueError("dose_key and embeddings need a perturbation_key")
+        return self
 
 
 class TransformerConfig(_Section):
@@ -93,6 +128,12 @@ class TrainingConfig(_Section):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = autocast of the trunk; heads stay in fp32.")
     condition_dropout: float = Field(0.1, ge=0, le=1, description="Share of cells trained without their conditions.")
+    identity_dropout: float = Field(
+        0.2, ge=0, le=1, description="Share of cells trained on their context in place of their identity labels."
+    )
+    depth_dropout: float = Field(
+        0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
+    )
     validate_every: int = Field(250, ge=1, description="Steps between two validation passes.")
     checkpoint_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of initialisation, minibatches and masks.")
@@ -111,6 +152,16 @@ class GenerationConfig(_Section):
         description="How many genes a step reveals; auto: optimal if the run has an information curve, else geometric.",
     )
     max_kl: float = Field(1.0, gt=0, description="With steps = auto: most nats per cell that few steps may cost.")
+    guidance_scale: float = Field(
+        1.0, description="Strength of a perturbation beyond control: 1 as trained, 0 control, more exaggerates (w + 1)."
+    )
+    guidance_space: Literal["log-mean", "logits"] = Field(
+        "log-mean", description="What guidance moves: the mean of each count, or all logits (paper)."
+    )
+    guidance_clip: float = Field(2.0, gt=0, description="Most that guidance may change a log mean.")
+    guidance_ramp: float = Field(
+        0.0, ge=0, description="Guidance grows with (share of visible genes)^ramp; 0 = the same at every step."
+    )
     minibatch_size: int = Field(256, ge=1, description="Cells held in memory at once, rounded up to whole tiles.")
     tile_size: int = Field(
         64, ge=2, description="Rows of every network call; part of what determines a cell's rounding."

@@ -4,7 +4,7 @@ Shapes: B cells of a tile, G modelled genes, C condition fields.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ from scipy import sparse
 from torch import nn
 
 from lingshu_cell.checkpoint import Checkpoint, load_checkpoint
+from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.config import Config
 from lingshu_cell.curve_store import load_curve
 from lingshu_cell.data.anndata_io import H5adWriter
-from lingshu_cell.data.tokenizer import decode, token_midpoints
+from lingshu_cell.data.tokenizer import decode, encode, token_midpoints
 from lingshu_cell.data.training_set import RareGenes
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
+from lingshu_cell.diffusion.guidance import GUIDANCE_SPACES, GuidedDenoiser
 from lingshu_cell.diffusion.information import InformationCurve
 from lingshu_cell.diffusion.plan import Schedule, choose_schedule
+from lingshu_cell.diffusion.priors import TiltedDenoiser, clamp
 from lingshu_cell.diffusion.randomness import cell_seeds, draw_cell_noise
 from lingshu_cell.diffusion.sampler import sample_cells
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.network.denoiser import build_denoiser
+from lingshu_cell.network.distribution import Denoiser
+from lingshu_cell.request import Request, describe_request, resolve_request
 from lingshu_cell.tokens import MASK_TOKEN
 
 _DECODE_STREAM, _RARE_STREAM, _CONDITION_STREAM = 1, 2, 3
@@ -47,8 +52,8 @@ class TrainedModel:
         The denoiser with averaged weights, in evaluation mode.
     genes, modelled
         All genes in order, and the indices of those the network models.
-    conditions
-        Condition fields and categories.
+    conditioner
+        Condition fields and categories, and all else that the network can be told.
     condition_rows, condition_row_counts
         Combinations of conditions seen in training, R × C, and in how many cells each.
     rare
@@ -62,11 +67,16 @@ class TrainedModel:
     network: nn.Module
     genes: GeneVocabulary
     modelled: np.ndarray
-    conditions: ConditionVocabulary
+    conditioner: Conditioner
     condition_rows: np.ndarray
     condition_row_counts: np.ndarray
     rare: RareGenes
     curve: InformationCurve | None
+
+    @property
+    def conditions(self) -> ConditionVocabulary:
+        """Condition fields and categories."""
+        return self.conditioner.vocabulary
 
     @property
     def device(self) -> torch.device:
@@ -100,9 +110,11 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
     manifest = checkpoint.manifest
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
-    conditions = ConditionVocabulary.from_json(manifest["conditions"])
+    conditioner = Conditioner.from_saved(
+        manifest["conditioning"], {k: v for k, v in checkpoint.tensors("conditioning").items() if k != "none"}
+    )
     midpoints = torch.from_numpy(token_midpoints())
-    network = build_denoiser(config.network, len(data["modelled"]), conditions.sizes, midpoints, config.training.seed)
+    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     averages = [f"ema_{sigma_rel:.2f}" for sigma_rel in config.training.ema_sigma_rel]
     weights = weights or averages[0]
     if weights not in ("weights", *averages):
@@ -117,7 +129,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         network=network.to(device).eval(),
         genes=GeneVocabulary.from_json(manifest["genes"]),
         modelled=data["modelled"].numpy(),
-        conditions=conditions,
+        conditioner=conditioner,
         condition_rows=data["condition_rows"].numpy(),
         condition_row_counts=data["condition_row_counts"].numpy(),
         rare=rare,
@@ -160,11 +172,42 @@ class GeneratedChunk:
     obs: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class Steering:
+    """How generation is pushed beyond what the conditions say.
+
+    Attributes
+    ----------
+    guidance_scale
+        1 = as trained, 0 = control, above 1 = a stronger effect; the paper's w + 1.
+    guidance_space
+        ``"log-mean"`` or ``"logits"`` (the paper's), see :mod:`lingshu_cell.diffusion.guidance`.
+    guidance_clip, guidance_ramp
+        Largest change of a log mean, and how late guidance sets in.
+    clamp
+        Gene → count that it is given before the first step, in every cell.
+    tilt
+        Gene → factor that its mean is multiplied by.
+    """
+
+    guidance_scale: float = 1.0
+    guidance_space: str = "log-mean"
+    guidance_clip: float = 2.0
+    guidance_ramp: float = 0.0
+    clamp: Mapping[str, int] = field(default_factory=dict)
+    tilt: Mapping[str, float] = field(default_factory=dict)
+
+
 def generate_chunks(
     model: TrainedModel,
     n_cells: int,
     *,
     condition: Mapping[str, str] | None = None,
+    dose: float | None = None,
+    depth: float | str | None = None,
+    context: Path | str | ad.AnnData | None = None,
+    unseen: str = "error",
+    steering: Steering | None = None,
     steps: int | str | None = None,
     schedule: str | None = None,
     max_kl: float | None = None,
@@ -185,6 +228,11 @@ def generate_chunks(
         How many cells.
     condition
         Wanted value of some condition fields; the others are drawn, jointly, from the training cells that match.
+    dose, depth, context, unseen
+        Dose of the perturbation, UMI per cell or ``"model"``, control cells that stand for the identity, and the policy
+        for perturbations never trained; see :func:`lingshu_cell.request.resolve_request`.
+    steering
+        Guidance and priors; the run's own guidance when not given.
     steps, schedule, max_kl, seed, minibatch_size
         See ``config.GenerationConfig``; the run's own when not given.
     first
@@ -197,7 +245,7 @@ def generate_chunks(
     Raises
     ------
     LingshuError
-        On an unknown condition or schedule, or an impossible number of steps or cells.
+        On unknown conditions, genes or schedules, or an impossible number of steps or cells.
     """
     if n_cells < 1:
         raise LingshuError("The number of cells must be 1 or more", f"{n_cells}", "Change --n")
@@ -213,20 +261,51 @@ def generate_chunks(
     grid = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl).grid
     tile = defaults.tile_size
     per_chunk = -(-minibatch_size // tile) * tile
-    rows, probabilities = _matching_rows(model, condition or {})
+    request = request_of(model, condition, dose=dose, depth=depth, context=context, unseen=unseen)
+    steered = _Steered(model, request, steering or steering_of(model))
     start = first // tile * tile  # whole tiles only: a cell always sits in the same row of the same tile
     for chunk in range(start, first + n_cells, per_chunk):
         end = min(chunk + per_chunk, -(-(first + n_cells) // tile) * tile)
         seeds = cell_seeds(seed, chunk, end - chunk)
-        conditions = np.stack([rows[_stream(s, _CONDITION_STREAM).choice(len(rows), p=probabilities)] for s in seeds])
+        streams = [_stream(s, _CONDITION_STREAM) for s in seeds]
+        rows = np.stack([request.rows[s.choice(len(request.rows), p=request.probabilities)] for s in streams])
+        log_depth = _log_depths(request, rows, np.array([s.random() for s in streams]))
         tokens = np.concatenate(
             [
-                _tile_tokens(model, seeds[i : i + tile], conditions[i : i + tile], grid)
-                for i in range(0, len(seeds), tile)
+                steered.tile_tokens(seeds[i], rows[i], None if log_depth is None else log_depth[i], grid)
+                for i in (slice(first_row, first_row + tile) for first_row in range(0, len(seeds), tile))
             ]
         )
         wanted = slice(max(first - chunk, 0), min(first + n_cells, end) - chunk)
-        yield _chunk(model, tokens[wanted], seeds[wanted], conditions[wanted])
+        yield _chunk(model, request, tokens[wanted], seeds[wanted], rows[wanted])
+
+
+def steering_of(
+    model: TrainedModel,
+    *,
+    clamp: Mapping[str, int] | None = None,
+    tilt: Mapping[str, float] | None = None,
+    **guidance: Any,
+) -> Steering:
+    """Give guidance and priors as asked for; guidance not given (or ``None``) is the run's own."""
+    defaults = model.config.generation
+    names = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
+    chosen = {name: getattr(defaults, name) if guidance.get(name) is None else guidance[name] for name in names}
+    return Steering(**chosen, clamp=clamp or {}, tilt=tilt or {})
+
+
+def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, **asked: Any) -> Request:
+    """Check what is asked of a model; arguments as in :func:`lingshu_cell.request.resolve_request`."""
+    return resolve_request(
+        model.conditioner,
+        model.condition_rows,
+        model.condition_row_counts,
+        condition or {},
+        genes=model.genes,
+        modelled=model.modelled,
+        min_coverage=model.config.data.min_coverage,
+        **asked,
+    )
 
 
 def generate(model: TrainedModel, n_cells: int, **settings: Any) -> ad.AnnData:
@@ -274,19 +353,21 @@ def generate_file(
 def provenance(model: TrainedModel, n_cells: int, **settings: Any) -> dict[str, Any]:
     """What made the cells, for ``uns["lingshu_cell"]``: text and numbers only."""
     manifest, defaults = model.checkpoint.manifest, model.config.generation
-    chosen = {**defaults.model_dump(), **{k: v for k, v in settings.items() if v is not None}}
-    condition = chosen.pop("condition", None) or {}
+    given = {k: v for k, v in settings.items() if v is not None}
+    asked = {k: given.pop(k) for k in ("condition", "dose", "depth", "context", "unseen") if k in given}
+    steering: Steering = given.pop("steering", None) or steering_of(model)
+    chosen = {**defaults.model_dump(), **given}
     used = resolve_schedule(model, **{key: chosen[key] for key in ("steps", "schedule", "max_kl")})
     chosen |= {"steps": used.steps, "schedule": used.name, "visible_counts": " ".join(map(str, used.grid))}
     if used.predicted_kl is not None:
         chosen["predicted_kl_nats_per_cell"] = used.predicted_kl
-    return {
+    record = {
         "what": "cells generated by a masked discrete diffusion model; X holds integer UMI counts of every gene",
         "n_cells": n_cells,
         "preset": model.config.preset,
         "checkpoint_step": model.checkpoint.step,
         "checkpoint_checksum": manifest["checksum"],
-        "condition": {key: str(value) for key, value in condition.items()},
+        "condition": {key: str(value) for key, value in asked.get("condition", {}).items()},
         "conditions_not_given": "drawn jointly from the training cells that match",
         "generation": {key: value for key, value in chosen.items() if isinstance(value, (int, float, str))},
         "n_genes": len(model.genes),
@@ -296,35 +377,101 @@ def provenance(model: TrainedModel, n_cells: int, **settings: Any) -> dict[str, 
         "validation_nelbo_nats_per_cell": manifest["validation_nelbo_nats_per_cell"] or float("nan"),
         "versions": manifest["versions"],
     }
+    if model.conditioner.perturbation_key is not None:
+        request = request_of(model, asked.pop("condition", {}), **asked)
+        record["perturbation"] = {
+            "perturbation_key": model.conditioner.perturbation_key,
+            "control": model.conditioner.perturbations.control,
+            **describe_request(request),
+            **asdict(steering),
+        }
+    return record
 
 
-def _matching_rows(model: TrainedModel, condition: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Condition rows to draw from and their probabilities."""
-    wanted = model.conditions.encode(dict(condition), 1)[0]
-    given = wanted > 0
-    if given.all() and len(wanted):
-        return wanted[None], np.ones(1)
-    match = (model.condition_rows[:, given] == wanted[given]).all(1)
-    if not match.any():
+class _Steered:
+    """Sampler over priors over guidance over the network, in plain sight."""
+
+    def __init__(self, model: TrainedModel, request: Request, steering: Steering) -> None:
+        self._model, self._request, self._steering = model, request, steering
+        _check_steering(model, request, steering)
+        column = {int(gene): i for i, gene in enumerate(model.modelled)}
+        self._count_V = torch.from_numpy(token_midpoints()).float().to(model.device)
+        self._token_of_gene = {
+            column[int(g)]: int(encode(np.array([count]))[0])
+            for g, count in zip(model.genes.index(steering.clamp), steering.clamp.values(), strict=True)
+        }
+        self._log_factor_G = torch.zeros(len(model.modelled), device=model.device)
+        for g, factor in zip(model.genes.index(steering.tilt), steering.tilt.values(), strict=True):
+            self._log_factor_G[column[int(g)]] = float(np.log(factor))
+
+    def tile_tokens(
+        self, seeds: np.ndarray, rows: np.ndarray, log_depth: np.ndarray | None, grid: np.ndarray
+    ) -> np.ndarray:
+        """Generate the tokens of one tile of cells."""
+        model, steering, conditioner = self._model, self._steering, self._request.conditioner
+        told = {"log_depth_N": log_depth, "dose_N": self._doses(rows)}
+        conditions = conditioner.conditions(rows, **told).to(model.device)
+        denoiser: Denoiser = model.network
+        if steering.guidance_scale != 1:
+            reference = conditioner.conditions(conditioner.as_control(rows), **told).to(model.device)
+            denoiser = GuidedDenoiser(
+                denoiser,
+                reference,
+                steering.guidance_scale,
+                steering.guidance_space,
+                self._count_V,
+                clip=steering.guidance_clip,
+                ramp=steering.guidance_ramp,
+            )
+        if steering.tilt:
+            denoiser = TiltedDenoiser(denoiser, self._log_factor_G, self._count_V)
+        n_genes = len(model.modelled)
+        start_BG = torch.full((len(seeds), n_genes), MASK_TOKEN, dtype=torch.int16, device=model.device)
+        start_BG = clamp(start_BG, self._token_of_gene)
+        noise = draw_cell_noise(seeds.tolist(), n_genes, model.device)
+        with model.autocast():
+            return sample_cells(denoiser, start_BG, conditions, noise, grid.tolist()).cpu().numpy()
+
+    def _doses(self, rows: np.ndarray) -> np.ndarray | None:
+        dose = self._request.standard_dose
+        return None if dose is None else np.where(self._request.conditioner.is_perturbed(rows), dose, 0.0)
+
+
+def _check_steering(model: TrainedModel, request: Request, steering: Steering) -> None:
+    if steering.guidance_space not in GUIDANCE_SPACES:
         raise LingshuError(
-            "Fields left open are drawn from the training cells that match the given ones",
-            f"no training cell has {', '.join(f'{k}={v}' for k, v in condition.items())}",
-            f"Give every field: {offenders(model.conditions.fields)}",
+            "The space of guidance must exist", f"'{steering.guidance_space}'", f"Choose {', '.join(GUIDANCE_SPACES)}"
         )
-    counts = model.condition_row_counts[match]
-    return model.condition_rows[match], counts / counts.sum()
+    if steering.guidance_scale != 1 and request.conditioner.perturbation_key is None:
+        raise LingshuError(
+            "Guidance goes from control to a perturbation",
+            "this model knows no perturbations",
+            "Train with data.perturbation_key and data.control",
+        )
+    for name, given in (("clamped", steering.clamp), ("tilted", steering.tilt)):
+        rare = [gene for gene in given if model.genes.index([gene])[0] not in set(model.modelled.tolist())]
+        if rare:
+            raise LingshuError(
+                f"Only modelled genes can be {name}", f"{offenders(rare)} was too rare in training", "Leave it out"
+            )
+    if any(count < 0 or count != int(count) for count in steering.clamp.values()):
+        raise LingshuError("A clamped gene needs a whole count", f"{dict(steering.clamp)}", "Write for example STAT1=1")
+    if any(not (np.isfinite(factor) and factor > 0) for factor in steering.tilt.values()):
+        raise LingshuError("A tilt is a factor above 0", f"{dict(steering.tilt)}", "Write for example STAT1=0.2")
 
 
-def _tile_tokens(model: TrainedModel, seeds: np.ndarray, conditions: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    n_genes = len(model.modelled)
-    noise = draw_cell_noise(seeds.tolist(), n_genes, model.device)
-    start_BG = torch.full((len(seeds), n_genes), MASK_TOKEN, dtype=torch.int16, device=model.device)
-    condition_BC = torch.from_numpy(conditions).to(model.device)
-    with model.autocast():
-        return sample_cells(model.network, start_BG, condition_BC, noise, grid.tolist()).cpu().numpy()
+def _log_depths(request: Request, rows: np.ndarray, uniform: np.ndarray) -> np.ndarray | None:
+    """Log library size of each cell: as asked for, or drawn from training cells of its conditions."""
+    if request.log_depth is None:
+        return None
+    if not np.isnan(request.log_depth):
+        return np.full(len(rows), request.log_depth)
+    return request.conditioner.depths.draw(rows, uniform, request.conditioner.perturbation_field)
 
 
-def _chunk(model: TrainedModel, tokens: np.ndarray, seeds: np.ndarray, conditions: np.ndarray) -> GeneratedChunk:
+def _chunk(
+    model: TrainedModel, request: Request, tokens: np.ndarray, seeds: np.ndarray, rows: np.ndarray
+) -> GeneratedChunk:
     modelled = sparse.csr_matrix(tokens)
     uniform = np.concatenate(
         [_stream(seed, _DECODE_STREAM).random(n) for seed, n in zip(seeds, np.diff(modelled.indptr), strict=True)]
@@ -340,7 +487,7 @@ def _chunk(model: TrainedModel, tokens: np.ndarray, seeds: np.ndarray, condition
         shape=(len(seeds), len(model.genes)),
         dtype=np.int32,
     )
-    obs = model.conditions.decode(conditions)
+    obs = request.conditioner.vocabulary.decode(rows)
     obs["seed"] = seeds
     obs.index = pd.Index([f"generated-{seed >> 32}-{seed & 0xFFFFFFFF}" for seed in seeds])
     return GeneratedChunk(counts, obs)

@@ -281,9 +281,9 @@ class LingshuCell:
         cells = align_cells(model, read_counts(data, layer), use_conditions=use_conditions)
         generator = torch.Generator(model.device).manual_seed(seed)
         nats: list[float] = []
-        for x_0_BG, condition_BC in cells.minibatches(minibatch_size or config.training.minibatch_size, model.device):
+        for x_0_BG, conditions in cells.minibatches(minibatch_size or config.training.minibatch_size, model.device):
             with model.autocast():
-                nats += validation_nelbo(model.network, x_0_BG, condition_BC, generator, n_masks).tolist()
+                nats += validation_nelbo(model.network, x_0_BG, conditions, generator, n_masks).tolist()
         mean = float(np.mean(nats))
         return {"nats_per_cell": mean, "bits_per_gene": mean / int(cells.measured.sum()) / math.log(2)}
 

@@ -1,6 +1,6 @@
 """Train a denoiser on whole cells: from count files to a run folder, resumable bit for bit.
 
-Shapes: B cells, G genes, C condition fields.
+Shapes: N cells, B cells of a minibatch, G genes.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lingshu_cell.checkpoint import load_checkpoint, save_checkpoint
-from lingshu_cell.config import Config, TrainingConfig
+from lingshu_cell.conditioning import build_conditioner, standard_doses
+from lingshu_cell.config import Config, DataConfig, TrainingConfig
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import TrainingSet, assemble, minibatch_cells
@@ -30,6 +31,7 @@ from lingshu_cell.diffusion.noising import MaskLaw
 from lingshu_cell.ema import PowerEma
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.history import History, lock_run
+from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
 
 LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
@@ -104,8 +106,8 @@ def train(
     run = Path(out).expanduser()
     _check_output(run, resume)
     try:
-        data_sets = [read_counts(source, config.data.layer, config.data.condition_keys) for source in sources]
-        cells = assemble(data_sets, **config.data.model_dump(exclude={"layer"}))
+        data_sets = [read_counts(source, config.data.layer, _label_keys(config.data)) for source in sources]
+        cells = assemble(data_sets, **config.data.assembly())
     except LingshuError:
         with contextlib.suppress(OSError):
             run.rmdir()  # only if it is empty: refused data leave nothing behind
@@ -125,9 +127,14 @@ class _Trainer:
         self.settings = settings = config.training
         self.device = pick_device(settings.device)
         midpoints = torch.from_numpy(token_midpoints())
-        network = build_denoiser(config.network, len(cells.modelled), cells.conditions.sizes, midpoints, settings.seed)
+        self.conditioner = build_conditioner(cells, config)
+        self.dose_N = standard_doses(cells, self.conditioner)
+        network = build_denoiser(config.network, len(cells.modelled), self.conditioner.sizes, midpoints, settings.seed)
         if hasattr(network, "start_at_frequencies") and not resume:
             network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
+            if network.depth is not None:
+                log_library = np.log(np.maximum(cells.library[cells.train], 1))
+                network.depth.start_at(float(log_library.mean()), float(log_library.std()))
         self.network = network.to(self.device)
         self.parameters = dict(self.network.named_parameters())
         self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]
@@ -191,13 +198,13 @@ class _Trainer:
         chosen = minibatch_cells(cells.train, settings.minibatch_size, self.step, settings.seed)
         generator = torch.Generator(self.device).manual_seed(_step_seed(settings.seed, self.step))
         torch.manual_seed(_step_seed(settings.seed, self.step))  # dropout draws from the global state
-        x_0_BG, condition_BC = self._on_device(chosen)
-        known_B1 = torch.rand(len(chosen), 1, generator=generator, device=self.device) >= settings.condition_dropout
+        x_0_BG, conditions = self._on_device(chosen, np.random.default_rng(_step_seed(settings.seed, self.step)))
+        conditions = self._with_dropout(conditions, generator)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, settings, self._share_of_time())
         self.network.train()
         with self._autocast():
-            nelbo_B = nelbo_estimate(self.network, x_0_BG, condition_BC * known_B1, self.law, generator)
+            nelbo_B = nelbo_estimate(self.network, x_0_BG, conditions, self.law, generator)
         loss = nelbo_B.mean()
         self.optimiser.zero_grad(set_to_none=True)
         (loss / x_0_BG.shape[1]).backward()  # nats per gene: gradients do not grow with the gene list
@@ -209,6 +216,22 @@ class _Trainer:
             for average in self.averages:
                 average.update(self.parameters, self.step, settings.ema_every)
         return float(norm)
+
+    def _with_dropout(self, conditions: Conditions, generator: torch.Generator) -> Conditions:
+        """Forget all conditions of some cells, so that each may be left open; the identity labels of others, so that
+        their context alone must tell; and the library size of others.
+        """
+        settings, n = self.settings, len(conditions)
+
+        def kept(share: float) -> Tensor:
+            return torch.rand(n, 1, generator=generator, device=self.device)[:, 0] >= share
+
+        conditions = conditions.only(kept(settings.condition_dropout))
+        if conditions.context is not None:
+            conditions = conditions.without_categories(kept(settings.identity_dropout) | ~conditions.context.known())
+        if conditions.depth_B is not None:
+            conditions = conditions.without_depth(kept(settings.depth_dropout))
+        return conditions
 
     def _take_in(self, loss: float, norm: float) -> None:
         """Smooth the loss and stop on NaN or divergence; one loss alone may be huge, as 1/t has no finite variance."""
@@ -247,8 +270,8 @@ class _Trainer:
         generator = torch.Generator(self.device).manual_seed(0)
         nelbo: list[float] = []
         with self._averaged_weights(), self._autocast():
-            for x_0_BG, condition_BC in self._held_out(_VALIDATION_CELLS):
-                nelbo += validation_nelbo(self.network, x_0_BG, condition_BC, generator, _VALIDATION_MASKS).tolist()
+            for x_0_BG, conditions in self._held_out(_VALIDATION_CELLS):
+                nelbo += validation_nelbo(self.network, x_0_BG, conditions, generator, _VALIDATION_MASKS).tolist()
         return nelbo
 
     def _measure_curve(self) -> None:
@@ -262,7 +285,7 @@ class _Trainer:
         with self._averaged_weights(), self._autocast():
             self.curve = measure_curve(self.network, self._held_out(n_cells), visible, generator)
 
-    def _held_out(self, n_cells: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _held_out(self, n_cells: int) -> Iterator[tuple[Tensor, Conditions]]:
         """At most ``n_cells`` validation cells, spread over all data sets and cell types, whatever their order."""
         cells = self.cells.validation[:: -(-len(self.cells.validation) // n_cells)]
         for piece in np.array_split(cells, -(-len(cells) // self.settings.minibatch_size)):
@@ -277,9 +300,16 @@ class _Trainer:
         yield
         _copy(swap_in, self.parameters)
 
-    def _on_device(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _on_device(self, cells: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Conditions]:
+        """Tokens and conditions of some cells; with ``rng`` as in training: random contexts, and their library size."""
         x_0_BG = torch.from_numpy(self.cells.dense_tokens(cells)).to(self.device)
-        return x_0_BG, torch.from_numpy(self.cells.condition_NC[cells]).to(self.device)
+        conditions = self.conditioner.conditions(
+            self.cells.condition_NC[cells],
+            dose_N=None if self.dose_N is None else self.dose_N[cells],
+            log_depth_N=None if rng is None else np.log(np.maximum(self.cells.library[cells], 1)),
+            rng=rng,
+        )
+        return x_0_BG, conditions.to(self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16")
@@ -300,6 +330,7 @@ class _Trainer:
                 "condition_rows": torch.from_numpy(rows),
                 "condition_row_counts": torch.from_numpy(row_counts),
             },
+            "conditioning": self.conditioner.to_tensors() or {"none": torch.zeros(0)},
         }
         save_checkpoint(self.run, self.step, tensors, self._manifest())
         self.saved_step = self.step
@@ -311,6 +342,7 @@ class _Trainer:
             "genes": cells.vocabulary.to_json(),
             "n_modelled_genes": len(cells.modelled),
             "conditions": cells.conditions.to_json(),
+            "conditioning": self.conditioner.to_json(),
             "n_training_cells": len(cells.train),
             "n_validation_cells": len(cells.validation),
             "data_fingerprints": list(cells.fingerprints),
@@ -342,6 +374,11 @@ class _Trainer:
         self.best_known = manifest["validation_nelbo_nats_per_cell"]
         self.first_loss, self.smooth_loss = manifest["first_loss"], manifest["smooth_loss"]
         self.seconds = manifest["seconds"] or 0.0
+
+
+def _label_keys(data: DataConfig) -> list[str]:
+    """obs columns that must hold a label in every cell."""
+    return [*data.condition_keys, *([data.perturbation_key] if data.perturbation_key else [])]
 
 
 def _with_steps(config: Config, n_training_cells: int) -> Config:

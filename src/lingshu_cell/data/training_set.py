@@ -4,14 +4,17 @@ Shapes: N cells of all data sets, G modelled genes, C condition fields.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from lingshu_cell.data.anndata_io import CountMatrix
+from lingshu_cell.data.split_files import read_split
 from lingshu_cell.data.splits import split_cells
-from lingshu_cell.data.tokenizer import encode
+from lingshu_cell.data.tokenizer import encode, token_midpoints
 from lingshu_cell.data.vocabulary import (
     ConditionVocabulary,
     GeneVocabulary,
@@ -19,7 +22,7 @@ from lingshu_cell.data.vocabulary import (
     apply_alignment,
     union_vocabulary,
 )
-from lingshu_cell.errors import LingshuError
+from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 
@@ -62,8 +65,14 @@ class TrainingSet:
         Condition fields and their categories.
     condition_NC
         Index of each cell's condition in each field.
+    dose
+        Dose of each cell as read, N; ``None`` where doses are not read.
+    library
+        Modelled UMI of each cell, int64, N.
     train, validation
         Indices of the cells, disjoint.
+    context_cells
+        Control cells that may serve as a context: those of the training part, N boolean, whether trained on or not.
     rare
         The genes that are not modelled.
     fingerprints
@@ -79,8 +88,11 @@ class TrainingSet:
     data_set: np.ndarray
     conditions: ConditionVocabulary
     condition_NC: np.ndarray
+    dose: np.ndarray | None
+    library: np.ndarray
     train: np.ndarray
     validation: np.ndarray
+    context_cells: np.ndarray
     rare: RareGenes
     fingerprints: tuple[str, ...]
     notes: tuple[str, ...]
@@ -91,6 +103,13 @@ class TrainingSet:
         if not self.measured.all():
             dense[~self.measured[self.data_set[cells]]] = MASK_TOKEN
         return dense
+
+    def counts(self) -> sparse.csr_matrix:
+        """Counts of the modelled genes, bin middles above 99, CSR float32, N × G."""
+        tokens = self.tokens
+        return sparse.csr_matrix(
+            (token_midpoints()[tokens.data].astype(np.float32), tokens.indices, tokens.indptr), shape=tokens.shape
+        )
 
     def token_counts(self) -> np.ndarray:
         """How many training cells show each token, int64, shape [G, 281]; zeros only where the gene was measured."""
@@ -110,6 +129,11 @@ def assemble(
     data_sets: Sequence[CountMatrix],
     *,
     condition_keys: Sequence[str] = (),
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    dose_key: str | None = None,
+    control_share: float = 1.0,
+    split: Path | str | None = None,
     min_cells_per_gene: int = 3,
     min_coverage: float = 0.5,
     validation_fraction: float = 0.1,
@@ -122,7 +146,15 @@ def assemble(
     data_sets
         Checked counts; genes of several are joined by name and those a data set lacks are unknown in it, not zero.
     condition_keys
-        obs columns to condition on; all data sets have them.
+        obs columns of the identity to condition on; all data sets have them.
+    perturbation_key, control
+        obs column of perturbations, which becomes the last condition field, and its label of control cells.
+    dose_key
+        obs column of doses.
+    control_share
+        Most that control cells may be of the training cells; those beyond, chosen at random, serve as context only.
+    split
+        TOML file of held-out conditions; its test cells are left out altogether.
     min_cells_per_gene
         Genes detected in fewer training cells are not modelled (the preprint's own rule, with 3).
     min_coverage
@@ -137,17 +169,21 @@ def assemble(
     LingshuError
         If gene lists do not fit, a condition is missing, or too few cells or genes remain.
     """
+    data_sets, part, split_notes = _without_test_cells(data_sets, split)
     if len(data_sets) == 1:
         vocabulary = GeneVocabulary.from_var(data_sets[0].gene_names, data_sets[0].var)
     else:
         vocabulary, _ = union_vocabulary([d.gene_names for d in data_sets])
     counts, measured, notes = _align(data_sets, vocabulary, min_coverage)
-    conditions, condition_NC = _conditions(data_sets, condition_keys)
-    n_cells = counts.shape[0]
-    everyone = np.arange(n_cells)
-    train, validation = (
-        split_cells(n_cells, validation_fraction, split_seed) if validation_fraction else (everyone, everyone[:0])
-    )
+    notes += split_notes
+    keys = (*condition_keys, perturbation_key) if perturbation_key else tuple(condition_keys)
+    conditions, condition_NC = _conditions(data_sets, keys)
+    train, validation = _parts(part, validation_fraction, split_seed)
+    context_cells = np.zeros(counts.shape[0], dtype=bool)
+    if perturbation_key:
+        is_control = np.concatenate([(data.obs[perturbation_key].astype(str) == control) for data in data_sets])
+        context_cells[train] = is_control[train]
+        train = _cap_controls(train, is_control, control_share, split_seed, notes)
     detected_in = np.bincount(counts[train].indices, minlength=len(vocabulary))
     is_modelled = detected_in >= max(min_cells_per_gene, 0)
     if not is_modelled.any():
@@ -175,12 +211,65 @@ def assemble(
         data_set=np.repeat(np.arange(len(data_sets)), [d.n_cells for d in data_sets]),
         conditions=conditions,
         condition_NC=condition_NC,
+        dose=None if dose_key is None else np.concatenate([_doses(data, dose_key) for data in data_sets]),
+        library=np.asarray(counts[:, modelled].sum(1)).ravel(),
         train=train,
         validation=validation,
+        context_cells=context_cells,
         rare=rare,
         fingerprints=tuple(d.fingerprint for d in data_sets),
         notes=tuple(notes),
     )
+
+
+def _without_test_cells(
+    data_sets: Sequence[CountMatrix], split: Path | str | None
+) -> tuple[list[CountMatrix], np.ndarray, list[str]]:
+    """Leave out what a split holds out for testing, so that not even its labels are learned; give each cell's part."""
+    sizes = [data.n_cells for data in data_sets]
+    if split is None:
+        return list(data_sets), np.full(sum(sizes), "train"), []
+    part = read_split(split).assign(pd.concat([data.obs for data in data_sets]))
+    notes = [f"{Path(split).name}: " + ", ".join(f"{(part == p).sum():,} {p}" for p in np.unique(part)) + " cells"]
+    kept = []
+    for data, of_set in zip(data_sets, np.split(part, np.cumsum(sizes)[:-1]), strict=True):
+        cells = np.flatnonzero(of_set != "test")
+        kept.append(replace(data, counts=data.counts[cells], obs=data.obs.iloc[cells], obs_names=data.obs_names[cells]))
+    return kept, part[part != "test"], notes
+
+
+def _parts(part: np.ndarray, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation cells: as a split says, or at random where it names no validation conditions."""
+    free, named = np.flatnonzero(part == "train"), np.flatnonzero(part == "validation")
+    if len(named) or not validation_fraction:
+        return free, named
+    train, validation = split_cells(len(free), validation_fraction, seed)
+    return free[train], free[validation]
+
+
+def _cap_controls(train: np.ndarray, is_control: np.ndarray, share: float, seed: int, notes: list[str]) -> np.ndarray:
+    """Leave out control cells at random until they are at most ``share`` of the training cells."""
+    controls, perturbed = train[is_control[train]], train[~is_control[train]]
+    most = len(controls) if share >= 1 else int(share / (1 - share) * len(perturbed))
+    if most >= len(controls):
+        return train
+    if most == 0:
+        raise LingshuError(
+            "Some control cells must be trained on",
+            f"{share:g} of {len(perturbed)} perturbed cells leaves none",
+            "Raise data.control_share",
+        )
+    kept = np.random.default_rng([seed, 1]).choice(controls, most, replace=False)
+    notes.append(f"{most:,} of {len(controls):,} control cells are trained on (data.control_share {share:g})")
+    return np.sort(np.concatenate([perturbed, kept]))
+
+
+def _doses(data: CountMatrix, key: str) -> np.ndarray:
+    if key not in data.obs:
+        raise LingshuError(
+            "The dose must be an obs column", f"there is no {key!r}", f"Available: {offenders(data.obs.columns)}"
+        )
+    return data.obs[key].to_numpy()
 
 
 def _align(

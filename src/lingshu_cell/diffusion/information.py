@@ -12,7 +12,7 @@ nats per cell, the left Riemann-sum error of the curve (arXiv 2511.04647, 2510.2
 the KL divergence of (order, cell) from data to sampler, an upper bound on that of the cells alone; for any denoiser it
 is the held-out likelihood lost against revealing one gene at a time with the same network.
 
-Shapes: B cells, G genes, C conditions, K knots of the curve, or candidates of a grid.
+Shapes: B cells, G genes, K knots of the curve, or candidates of a grid.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +27,7 @@ from torch import Tensor
 from lingshu_cell.diffusion.randomness import reveal_ranks
 from lingshu_cell.diffusion.schedule import custom_grid
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.distribution import Denoise
 from lingshu_cell.tokens import MASK_TOKEN
 
@@ -105,7 +106,10 @@ def knots(n_genes: int, n_knots: int = 24) -> np.ndarray:
 
 @torch.no_grad()
 def measure_curve(
-    denoise: Denoise, minibatches: Iterable[tuple[Tensor, Tensor]], visible: np.ndarray, generator: torch.Generator
+    denoise: Denoise,
+    minibatches: Iterable[tuple[Tensor, Conditions | Tensor]],
+    visible: np.ndarray,
+    generator: torch.Generator,
 ) -> InformationCurve:
     """Measure h(n) on cells the network has not seen, in one evaluation per cell and knot.
 
@@ -118,16 +122,16 @@ def measure_curve(
     denoise
         The network.
     minibatches
-        Pairs of whole cells ``x_0_BG`` (``MASK_TOKEN`` where a gene was not measured) and ``condition_BC``.
+        Pairs of whole cells ``x_0_BG`` (``MASK_TOKEN`` where a gene was not measured) and ``conditions``.
     visible
         Visible counts of the knots, see :func:`knots`.
     generator
         Source of the orders, on the device of the cells.
     """
     curves, n_genes = [], 0
-    for x_0_BG, condition_BC in minibatches:
+    for x_0_BG, conditions in minibatches:
         n_genes = x_0_BG.shape[1]
-        curves.append(_cell_curves(denoise, x_0_BG, condition_BC, visible, generator).double().cpu().numpy())
+        curves.append(_cell_curves(denoise, x_0_BG, conditions, visible, generator).double().cpu().numpy())
     nats_NK = np.concatenate(curves)
     spread_K = (nats_NK - nats_NK[:, :1]).std(0, ddof=1) if len(nats_NK) > 1 else np.zeros(len(visible))
     return InformationCurve(
@@ -140,7 +144,7 @@ def measure_curve(
 
 
 def _cell_curves(
-    denoise: Denoise, x_0_BG: Tensor, condition_BC: Tensor, visible: np.ndarray, generator: torch.Generator
+    denoise: Denoise, x_0_BG: Tensor, conditions: Conditions | Tensor, visible: np.ndarray, generator: torch.Generator
 ) -> Tensor:
     """Each cell's own estimate of h at the knots, B × K."""
     measured_BG = x_0_BG != MASK_TOKEN
@@ -153,7 +157,7 @@ def _cell_curves(
         edge_B1 = torch.round(n / x_0_BG.shape[1] * n_measured_B1.double()).long().clamp_max(n_measured_B1 - 1)
         hidden_BG = measured_BG & (rank_BG >= edge_B1)
         n_hidden_B = hidden_BG.sum(1).clamp_min(1)
-        here = denoise(torch.where(hidden_BG, MASK_TOKEN, x_0_BG), condition_BC)
+        here = denoise(torch.where(hidden_BG, MASK_TOKEN, x_0_BG), conditions)
         h_B = h_B + here.nll(x_0_BG, hidden_BG) / n_hidden_B
         if before is not None:
             h_B = h_B - before.nll(x_0_BG, hidden_BG) / n_hidden_B

@@ -1,6 +1,6 @@
 """The reverse process: from all genes hidden to a whole cell, in as many network evaluations as the grid has steps.
 
-Shapes: B cells, G genes, C conditions, M positions revealed in one step.
+Shapes: B cells, G genes, M positions revealed in one step.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from lingshu_cell.diffusion.randomness import CellNoise, reveal_ranks
-from lingshu_cell.network.distribution import Denoise, Positions
+from lingshu_cell.network.conditions import Conditions
+from lingshu_cell.network.distribution import Denoise, Denoiser, DenoisingFunction, Positions
 from lingshu_cell.tokens import MASK_TOKEN
 
 
 @torch.no_grad()
 def sample_cells(
-    denoise: Denoise, start_BG: Tensor, condition_BC: Tensor, noise: CellNoise, visible_counts: Sequence[int]
+    denoise: Denoiser | Denoise,
+    start_BG: Tensor,
+    conditions: Conditions | Tensor,
+    noise: CellNoise,
+    visible_counts: Sequence[int],
 ) -> Tensor:
     """Reveal the hidden genes step by step (paper, section 2.5).
 
@@ -29,8 +34,8 @@ def sample_cells(
         The denoising function, guided or not.
     start_BG
         Tokens to start from: ``MASK_TOKEN`` everywhere, or with genes given by the user or a prior already visible.
-    condition_BC
-        Categories of the condition fields.
+    conditions
+        What the cells shall be; a plain tensor B × C stands for categories alone.
     noise
         The cells' random numbers.
     visible_counts
@@ -48,12 +53,12 @@ def sample_cells(
     rank_BG = reveal_ranks(noise.order_BG, hidden_BG)
     edges = torch.as_tensor(visible_counts, device=start_BG.device, dtype=torch.float64) / n_genes
     edges_NB1 = torch.round(edges[:, None, None] * n_hidden_B1).long()
-    x_BG = start_BG.clone()
+    denoiser = denoise if isinstance(denoise, Denoiser) else DenoisingFunction(denoise)
+    cells = denoiser.start(start_BG)
     for low_B1, high_B1 in pairwise(edges_NB1):
         positions = Positions.where((rank_BG >= low_B1) & (rank_BG < high_B1))
         if len(positions) == 0:
             continue
         uniform_M2 = noise.uniform_BG2[positions.cell_M, positions.gene_M]
-        tokens_M = denoise(x_BG, condition_BC).draw(positions, uniform_M2)
-        x_BG[positions.cell_M, positions.gene_M] = tokens_M.to(x_BG.dtype)
-    return x_BG
+        cells.reveal(positions, denoiser.answer(cells, conditions).draw(positions, uniform_M2))
+    return cells.x_t_BG

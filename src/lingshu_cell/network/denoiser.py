@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from lingshu_cell.config import SetConfig, TransformerConfig
-from lingshu_cell.network.set_denoiser import SetDenoiser
+from lingshu_cell.network.set_denoiser import ConditionSizes, SetDenoiser
 from lingshu_cell.network.transformer_denoiser import TransformerDenoiser
 
 
 def build_denoiser(
     config: TransformerConfig | SetConfig,
     n_genes: int,
-    condition_sizes: tuple[int, ...],
+    condition_sizes: ConditionSizes,
     count_of_token: Tensor,
     seed: int,
 ) -> nn.Module:
@@ -24,7 +24,7 @@ def build_denoiser(
     n_genes
         Length of the gene list.
     condition_sizes
-        Number of indices of each condition field, unknown included, in order.
+        What the denoiser can be told; the paper's transformer knows categories only.
     count_of_token
         Expected count of each expression token, shape 281.
     seed
@@ -38,5 +38,5 @@ def build_denoiser(
     sizes = config.model_dump(exclude={"kind"})
     generator = torch.Generator().manual_seed(seed)
     if isinstance(config, TransformerConfig):
-        return TransformerDenoiser(n_genes, condition_sizes, **sizes, generator=generator)
+        return TransformerDenoiser(n_genes, condition_sizes.categories, **sizes, generator=generator)
     return SetDenoiser(n_genes, condition_sizes, count_of_token, **sizes, generator=generator)

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lingshu_cell.network.conditions import Conditions
+from lingshu_cell.network.tilting import solve_tilt, tilted
+
+_POSITIONS_AT_ONCE = 1 << 15  # 281 numbers each
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -64,6 +69,18 @@ class CountDistribution(ABC):
     def log_probabilities(self, positions: Positions) -> Tensor:
         """Normalised log-probabilities of all tokens at the positions, float32, shape M × V."""
 
+    def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
+        """Logarithm of the mean count at the positions, float32, shape M; ``count_V`` is the count of each token."""
+        return torch.log((self.log_probabilities(positions).exp() @ count_V).clamp_min(1e-30))
+
+    def tilts(self, positions: Positions, log_shift_M: Tensor, count_V: Tensor) -> Tensor:
+        """Tilts that move the log mean of each position by a stated amount, shape M; see :mod:`.tilting`."""
+        return solve_tilt(self.log_probabilities(positions), count_V, log_shift_M)
+
+    def tilted_log_probabilities(self, positions: Positions, tilt_M: Tensor, count_V: Tensor) -> Tensor:
+        """As :meth:`log_probabilities`, each position tilted."""
+        return tilted(self.log_probabilities(positions), tilt_M, count_V)
+
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """Draw a token at each position from the plain categorical, by inverse distribution function in fp32.
 
@@ -81,9 +98,62 @@ class CountDistribution(ABC):
         """
         return draw_tokens(self.log_probabilities(positions), uniform_M2)
 
+    def draw_tilted(self, positions: Positions, uniform_M2: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
+        """As :meth:`draw`, each position tilted."""
+        drawn = [
+            draw_tokens(self.tilted_log_probabilities(positions[some], tilt_M[some], count_V), uniform_M2[some])
+            for some in torch.arange(len(positions), device=tilt_M.device).split(_POSITIONS_AT_ONCE)
+        ]
+        return torch.cat(drawn)
 
-Denoise = Callable[[Tensor, Tensor], CountDistribution]
-"""A denoising function: ``denoise(x_t_BG, condition_BC)``; guidance and priors wrap one and give another."""
+
+Denoise = Callable[[Tensor, Conditions | Tensor], CountDistribution]
+"""A denoising function: ``denoise(x_t_BG, conditions)``; a plain int64 tensor B × C stands for categories alone."""
+
+
+class PartialCells:
+    """Cells on their way from all hidden to whole, as a denoiser likes to keep them.
+
+    Attributes
+    ----------
+    x_t_BG
+        Tokens, ``MASK_TOKEN`` where hidden.
+    """
+
+    def __init__(self, x_t_BG: Tensor) -> None:
+        self.x_t_BG = x_t_BG.clone()
+
+    def reveal(self, positions: Positions, token_M: Tensor) -> None:
+        """Make some hidden genes visible."""
+        self.x_t_BG[positions.cell_M, positions.gene_M] = token_M.to(self.x_t_BG.dtype)
+
+
+class Denoiser(ABC):
+    """A denoising function that can also follow cells while they are revealed; guidance and priors wrap one and give
+    another.
+    """
+
+    @abstractmethod
+    def __call__(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
+        """Answer p(x_0 | x_t, conditions) for every gene."""
+
+    def start(self, x_t_BG: Tensor) -> PartialCells:
+        """Begin to follow cells."""
+        return PartialCells(x_t_BG)
+
+    def answer(self, cells: PartialCells, conditions: Conditions | Tensor) -> CountDistribution:
+        """Answer for cells being followed; the same as calling the denoiser with their tokens."""
+        return self(cells.x_t_BG, conditions)
+
+
+class DenoisingFunction(Denoiser):
+    """A plain function as a :class:`Denoiser`."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self._denoise = denoise
+
+    def __call__(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
+        return self._denoise(x_t_BG, conditions)
 
 
 def draw_tokens(log_p_MV: Tensor, uniform_M2: Tensor) -> Tensor:

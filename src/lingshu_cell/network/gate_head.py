@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
+from lingshu_cell.network.distribution import CountDistribution, Positions, draw_tokens, invert_cdf
+from lingshu_cell.network.perturbation import EffectOffsets
+from lingshu_cell.network.tilting import solve_tilt, tilted
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
-_N_STATISTICS = 3
+N_STATISTICS = 3
 _TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
+_LEAST_TAIL = 1e-4  # probability of counts of K and more, given that there are any, below which means do without
+_POSITIONS_AT_ONCE = 1 << 15  # 281 numbers each
 _DENSE_FROM = 100  # below 1 position in 100, gathered rows cost less than one dense product
 
 
@@ -41,19 +45,27 @@ class GateHead(nn.Module):
         self.gene_GE = nn.Parameter(torch.empty(n_genes, gene_width))
         self.gate_query = nn.Linear(width, gene_width)
         self.gate_bias_G = nn.Parameter(torch.zeros(n_genes))
-        self.small_query = nn.Linear(width, _N_STATISTICS * gene_width, bias=False)
-        self.small_bias_GJ = nn.Parameter(torch.zeros(n_genes, _N_STATISTICS))
+        self.small_query = nn.Linear(width, N_STATISTICS * gene_width, bias=False)
+        self.small_bias_GJ = nn.Parameter(torch.zeros(n_genes, N_STATISTICS))
         self.small_bias_GK = nn.Parameter(torch.zeros(n_genes, n_small_values))
-        self.small_statistic_JK = nn.Parameter(torch.zeros(_N_STATISTICS, n_small_values))
-        self.tail_query = nn.Linear(width, _N_STATISTICS * gene_width, bias=False)
-        self.tail_bias_GJ = nn.Parameter(torch.zeros(n_genes, _N_STATISTICS))
-        self.tail_statistic_JL = nn.Parameter(torch.zeros(_N_STATISTICS, n_tail))
+        self.small_statistic_JK = nn.Parameter(torch.zeros(N_STATISTICS, n_small_values))
+        self.tail_query = nn.Linear(width, N_STATISTICS * gene_width, bias=False)
+        self.tail_bias_GJ = nn.Parameter(torch.zeros(n_genes, N_STATISTICS))
+        self.tail_statistic_JL = nn.Parameter(torch.zeros(N_STATISTICS, n_tail))
         self.tail_bias_L = nn.Parameter(torch.zeros(n_tail))
 
-    def forward(self, h_BD: Tensor) -> "GatedDistribution":
-        """Answer for every gene; heads run in fp32 whatever the trunk's precision."""
+    def forward(self, h_BD: Tensor, offsets: EffectOffsets | None = None) -> "GatedDistribution":
+        """Answer for every gene; heads run in fp32 whatever the trunk's precision.
+
+        Parameters
+        ----------
+        h_BD
+            State of each cell.
+        offsets
+            A prior effect that is added to the logits of gate and values.
+        """
         with torch.autocast(h_BD.device.type, enabled=False):
-            return GatedDistribution(self, h_BD.float())
+            return GatedDistribution(self, h_BD.float(), offsets)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -119,14 +131,17 @@ class GateHead(nn.Module):
 class GatedDistribution(CountDistribution):
     """The tree of one minibatch; its parts are computed when they are asked for."""
 
-    def __init__(self, head: GateHead, h_BD: Tensor) -> None:
-        self._head, self._h_BD = head, h_BD
+    def __init__(self, head: GateHead, h_BD: Tensor, offsets: EffectOffsets | None = None) -> None:
+        self._head, self._h_BD, self._offsets = head, h_BD, offsets
         self._gate_BE = head.gate_query(h_BD)
 
     def gate_logits(self) -> Tensor:
         """Logit of p(x_g > 0), B × G, float32."""
         with self._fp32():
-            return torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
+            logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
+            if self._offsets is None:
+                return logits_BG
+            return logits_BG + self._offsets.amount_BA[:, :1] * self._offsets.gate_RG[self._offsets.place_B]
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`."""
@@ -149,6 +164,47 @@ class GatedDistribution(CountDistribution):
         small_MK = torch.log_softmax(self._small_logits(positions), -1) + F.logsigmoid(gate_M1)
         tail_MV = torch.log_softmax(self._tail_logits(positions), -1) + small_MK[:, -1:]
         return torch.cat([F.logsigmoid(-gate_M1), small_MK[:, :-1], tail_MV], dim=1)
+
+    def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
+        """See :meth:`CountDistribution.log_mean`; the tail is looked at only where it has weight."""
+        k = self._head.n_small_values
+        p_MK = torch.softmax(self._small_logits(positions), -1)
+        mean_M = p_MK[:, :-1] @ count_V[1:k]
+        heavy = self._heavy(p_MK)
+        tail_T = torch.softmax(self._tail_logits(positions[heavy]), -1) @ count_V[k:]
+        mean_M = mean_M.index_add(0, heavy, p_MK[heavy, -1] * tail_T)
+        return F.logsigmoid(self._gate_logits_at(positions)) + torch.log(mean_M.clamp_min(1e-30))
+
+    def tilts(self, positions: Positions, log_shift_M: Tensor, count_V: Tensor) -> Tensor:
+        """See :meth:`CountDistribution.tilts`; 17 categories do where the tail has no weight."""
+        k = self._head.n_small_values
+        small_MK = torch.log_softmax(self._small_logits(positions), -1)
+        gate_M1 = self._gate_logits_at(positions)[:, None]
+        short = torch.cat([F.logsigmoid(-gate_M1), F.logsigmoid(gate_M1) + small_MK], dim=1)
+        tilt_M = solve_tilt(short, count_V[: k + 1], log_shift_M)
+        heavy = self._heavy(small_MK.exp())
+        for some in heavy.split(_POSITIONS_AT_ONCE):
+            tilt_M[some] = solve_tilt(self.log_probabilities(positions[some]), count_V, log_shift_M[some])
+        return tilt_M
+
+    def draw_tilted(self, positions: Positions, uniform_M2: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
+        """See :meth:`CountDistribution.draw_tilted`."""
+        k = self._head.n_small_values
+        small_MK = torch.log_softmax(self._small_logits(positions), -1)
+        gate_M1 = self._gate_logits_at(positions)[:, None]
+        short = tilted(
+            torch.cat([F.logsigmoid(-gate_M1), F.logsigmoid(gate_M1) + small_MK], dim=1), tilt_M, count_V[: k + 1]
+        )
+        token_M = draw_tokens(short, uniform_M2)
+        again = torch.cat([self._heavy(small_MK.exp()), torch.nonzero(token_M >= k)[:, 0]]).unique()
+        if len(again):
+            token_M[again] = super().draw_tilted(positions[again], uniform_M2[again], tilt_M[again], count_V)
+        return token_M
+
+    @staticmethod
+    def _heavy(p_MK: Tensor) -> Tensor:
+        """Positions whose tail has weight, as indices."""
+        return torch.nonzero(p_MK[:, -1] > _LEAST_TAIL)[:, 0]
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw`; values are drawn only for the genes that come out non-zero."""
@@ -175,19 +231,32 @@ class GatedDistribution(CountDistribution):
         if len(positions) > n_all // _DENSE_FROM:
             return positions.of(self.gate_logits())
         codes_ME = self._head.gene_GE[positions.gene_M]
-        return (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
+        logits_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
+        if self._offsets is None:
+            return logits_M
+        effect_M = self._offsets.gate_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
+        return logits_M + self._offsets.amount_BA[positions.cell_M, 0] * effect_M
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ[positions.gene_M]
+            tilt_MJ = tilt_MJ + self._offset(positions, 1)
             return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK[positions.gene_M]
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ[positions.gene_M]
+            tilt_MJ = tilt_MJ + self._offset(positions, 1 + N_STATISTICS)
             return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
+
+    def _offset(self, positions: Positions, first: int) -> Tensor | float:
+        """What a prior effect adds to the statistics whose amounts begin at ``first``, M × J."""
+        if self._offsets is None:
+            return 0.0
+        effect_M = self._offsets.effect_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
+        return self._offsets.amount_BA[positions.cell_M, first : first + N_STATISTICS] * effect_M[:, None]
 
     def _fp32(self) -> torch.autocast:
         """Keep out of an autocast around the caller, as the parts are computed when asked for."""
@@ -197,11 +266,11 @@ class GatedDistribution(CountDistribution):
         """q_j(h) · U_g at the positions, M × J: one dense product where many are asked for, gathered rows where few
         are.
         """
-        query_BJE = query(self._h_BD).unflatten(1, (_N_STATISTICS, -1))
+        query_BJE = query(self._h_BD).unflatten(1, (N_STATISTICS, -1))
         codes_GE = self._head.gene_GE
         if len(positions) > len(query_BJE) * len(codes_GE) // _DENSE_FROM:
             tilt_BGJ = (
-                torch.matmul(query_BJE.flatten(0, 1), codes_GE.T).unflatten(0, (-1, _N_STATISTICS)).transpose(1, 2)
+                torch.matmul(query_BJE.flatten(0, 1), codes_GE.T).unflatten(0, (-1, N_STATISTICS)).transpose(1, 2)
             )
             return tilt_BGJ[positions.cell_M, positions.gene_M]
         return torch.einsum("mje,me->mj", query_BJE[positions.cell_M], codes_GE[positions.gene_M])

@@ -11,13 +11,16 @@ Shapes: B cells, G genes, C condition fields, E gene width, D trunk width, F fea
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lingshu_cell.network.distribution import CountDistribution
-from lingshu_cell.network.gate_head import GateHead
+from lingshu_cell.network.conditions import Conditions
+from lingshu_cell.network.distribution import CountDistribution, Denoiser, PartialCells, Positions
+from lingshu_cell.network.gate_head import N_STATISTICS, GateHead
 from lingshu_cell.network.layers import SwiGLU
+from lingshu_cell.network.perturbation import ContextReader, DepthReader, EffectReader, PerturbationReader
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 _N_FREQUENCIES = 8
@@ -25,7 +28,41 @@ _N_FEATURES = 4 * _N_FREQUENCIES + 4
 _MOST_LOG_WEIGHT = 10.0  # first weight of a gene's log count: half its mean, as a Poisson score has it, at most this
 
 
-class SetDenoiser(nn.Module):
+@dataclass(frozen=True)
+class ConditionSizes:
+    """What a set denoiser can be told.
+
+    Attributes
+    ----------
+    categories
+        For each condition field, the number of its indices; index 0 of a field means *unknown*.
+    perturbations
+        Number of perturbations, control included; 0 = the model knows none.
+    embedding
+        Length of the known embedding of a perturbation; 0 = none.
+    context, effect, depth
+        Whether there are contexts of control cells, prior effects, and library sizes to be asked for.
+    """
+
+    categories: tuple[int, ...] = ()
+    perturbations: int = 0
+    embedding: int = 0
+    context: bool = False
+    effect: bool = False
+    depth: bool = False
+
+
+@dataclass
+class Evidence:
+    """What the visible genes of each cell add up to: B × E along the gene codes, and two plain sums."""
+
+    detected_BE: Tensor
+    log_BE: Tensor
+    n_visible_B: Tensor
+    total_B: Tensor
+
+
+class SetDenoiser(nn.Module, Denoiser):
     """Sum over visible genes, residual SwiGLU trunk, gate-and-values head.
 
     Parameters
@@ -33,7 +70,7 @@ class SetDenoiser(nn.Module):
     n_genes
         G, the length of the gene list.
     condition_sizes
-        For each condition field, the number of its indices; index 0 of a field means *unknown*.
+        What it can be told; a plain tuple stands for categories alone.
     count_of_token
         Expected count of each expression token, float, shape 281.
     gene_width, width, n_blocks, feedforward_width, n_small_values, dropout
@@ -45,7 +82,7 @@ class SetDenoiser(nn.Module):
     def __init__(
         self,
         n_genes: int,
-        condition_sizes: tuple[int, ...],
+        condition_sizes: ConditionSizes | tuple[int, ...],
         count_of_token: Tensor,
         *,
         gene_width: int,
@@ -61,7 +98,8 @@ class SetDenoiser(nn.Module):
         count_T = torch.zeros(MASK_TOKEN + 1)
         count_T[:N_EXPRESSION_TOKENS] = count_of_token
         self.register_buffer("count_T", count_T, persistent=False)
-        sizes = torch.tensor([0, *condition_sizes])
+        told = condition_sizes if isinstance(condition_sizes, ConditionSizes) else ConditionSizes(condition_sizes)
+        sizes = torch.tensor([0, *told.categories])
         self.register_buffer("first_row_C", torch.cumsum(sizes, 0)[:-1], persistent=False)
         self.register_buffer("detection_G", torch.zeros(n_genes))  # E 1[x > 0]
         self.register_buffer("mean_log_G", torch.zeros(n_genes))  # E log(1 + x)
@@ -75,25 +113,66 @@ class SetDenoiser(nn.Module):
         self.blocks = nn.ModuleList(_TrunkBlock(width, feedforward_width, dropout) for _ in range(n_blocks))
         self.norm = nn.RMSNorm(width)
         self.head = GateHead(n_genes, width, gene_width, n_small_values, count_of_token)
+        self.perturbation = (
+            PerturbationReader(told.perturbations, told.embedding, width) if told.perturbations else None
+        )
+        self.context = ContextReader(gene_width, width) if told.context else None
+        self.effect = EffectReader(n_genes, gene_width, width, N_STATISTICS) if told.effect else None
+        self.depth = DepthReader(width) if told.depth else None
         self._initialise(generator)
 
-    def forward(self, x_t_BG: Tensor, condition_BC: Tensor) -> CountDistribution:
+    def forward(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer p(x_0 | x_t, conditions) for every gene; arguments as in :class:`TransformerDenoiser`."""
+        return self._answer(self.read(x_t_BG), Conditions.of(conditions))
+
+    def start(self, x_t_BG: Tensor) -> PartialCells:
+        """Begin to follow cells; see :class:`SummedCells`."""
+        return SummedCells(self, x_t_BG)
+
+    def answer(self, cells: PartialCells, conditions: Conditions | Tensor) -> CountDistribution:
+        """Answer for cells being followed; their evidence is read once, however many conditions are asked about."""
+        evidence = cells.evidence if isinstance(cells, SummedCells) else self.read(cells.x_t_BG)
+        return self._answer(evidence, Conditions.of(conditions))
+
+    def read(self, x_t_BG: Tensor) -> Evidence:
+        """Sum the evidence of the visible genes, less its expectation, along the gene codes: detected or not, and log
+        count.
+        """
         visible_BG = (x_t_BG != MASK_TOKEN).float()
         count_BG = self.count_T.index_select(0, x_t_BG.int().flatten()).view(x_t_BG.shape)  # 0 where hidden
-        # Evidence of the visible genes, less its expectation, along the gene's code: detected or not, and log count.
         codes_GE = self.head.gene_GE
         detected_BG = (count_BG > 0).float() - visible_BG * self.detection_G
         detected_BE = (detected_BG @ (codes_GE * self.detection_weight_G[:, None])).float()
         log_BG = torch.log1p(count_BG) - visible_BG * self.mean_log_G
         log_BE = (log_BG @ (codes_GE * self.log_weight_G[:, None])).float()
-        feature_BF = self._features(visible_BG.sum(1), count_BG.sum(1), detected_BE, log_BE)
+        return Evidence(detected_BE, log_BE, visible_BG.sum(1), count_BG.sum(1))
+
+    def _answer(self, evidence: Evidence, conditions: Conditions) -> CountDistribution:
+        detected_BE, log_BE = evidence.detected_BE, evidence.log_BE
+        feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
-        h_BD = h_BD + self.feature_in(feature_BF)
-        h_BD = h_BD + self.condition(condition_BC + self.first_row_C).sum(1)
+        h_BD = h_BD + self.feature_in(feature_BF) + self._told(conditions)
         for block in self.blocks:
             h_BD = block(h_BD, feature_BF)
-        return self.head(self.norm(h_BD))
+        h_BD = self.norm(h_BD)
+        told_effect = self.effect is not None and conditions.effect is not None
+        return self.head(h_BD, self.effect.offsets(conditions.effect, h_BD) if told_effect else None)
+
+    def _told(self, conditions: Conditions) -> Tensor:
+        """What the conditions add to the trunk, B × D."""
+        h_BD = self.condition(conditions.category_BC + self.first_row_C).sum(1)
+        codes_GE = self.head.gene_GE
+        if self.perturbation is not None and conditions.perturbation_BP is not None:
+            h_BD = h_BD + self.perturbation(conditions)
+        if self.context is not None and conditions.context is not None:
+            weights_2G = torch.stack([self.detection_weight_G, self.log_weight_G])
+            expected_2G = torch.stack([self.detection_G, self.mean_log_G])
+            h_BD = h_BD + self.context(conditions.context, codes_GE, weights_2G, expected_2G)
+        if self.effect is not None and conditions.effect is not None:
+            h_BD = h_BD + self.effect(conditions.effect, codes_GE)
+        if self.depth is not None and conditions.depth_B is not None:
+            h_BD = h_BD + self.depth(conditions.depth_B)
+        return h_BD
 
     @torch.no_grad()
     def start_at_frequencies(self, token_counts_GV: Tensor) -> None:
@@ -105,6 +184,8 @@ class SetDenoiser(nn.Module):
         self.mean_log_G.copy_(frequency_GV @ torch.log1p(count_V))
         self.log_weight_G.copy_(torch.where(mean_G > 0.5, mean_G / 2, 0.0).clamp_max(_MOST_LOG_WEIGHT))
         self.head.start_at_frequencies(token_counts_GV)
+        if self.effect is not None:
+            self.effect.start_at_means(mean_G.float())
 
     def _features(self, n_visible_B: Tensor, total_B: Tensor, detected_BE: Tensor, log_BE: Tensor) -> Tensor:
         """How much is visible, the library size it suggests (both as Fourier features), and how strong the evidence
@@ -130,6 +211,45 @@ class SetDenoiser(nn.Module):
         for block in self.blocks:
             block.start_as_identity()
         self.head.initialise(generator)
+        if self.perturbation is not None:
+            self.perturbation.initialise(generator)
+        if self.effect is not None:
+            self.effect.initialise()
+
+
+class SummedCells(PartialCells):
+    """Cells being revealed, with the evidence of their visible genes kept up to date: a step costs what it reveals.
+
+    Gathering rows for M genes costs about as much as 20 M multiplied densely, so steps that reveal more than a
+    twentieth of all genes are read anew.
+    """
+
+    _DENSE_FROM = 20
+
+    def __init__(self, network: SetDenoiser, x_t_BG: Tensor) -> None:
+        super().__init__(x_t_BG)
+        self._network = network
+        self._detection_GE = network.head.gene_GE * network.detection_weight_G[:, None]
+        self._log_GE = network.head.gene_GE * network.log_weight_G[:, None]
+        self.evidence = network.read(x_t_BG)
+
+    def reveal(self, positions: Positions, token_M: Tensor) -> None:
+        """Make some hidden genes visible and add their evidence."""
+        super().reveal(positions, token_M)
+        if len(positions) * self._DENSE_FROM > self.x_t_BG.numel():
+            self.evidence = self._network.read(self.x_t_BG)
+            return
+        network, evidence = self._network, self.evidence
+        cell_M, gene_M = positions.cell_M, positions.gene_M
+        count_M = network.count_T[token_M]
+        detected_M1 = ((count_M > 0).float() - network.detection_G[gene_M])[:, None]
+        log_M1 = (torch.log1p(count_M) - network.mean_log_G[gene_M])[:, None]
+        self.evidence = Evidence(
+            evidence.detected_BE.index_add(0, cell_M, self._detection_GE[gene_M] * detected_M1),
+            evidence.log_BE.index_add(0, cell_M, self._log_GE[gene_M] * log_M1),
+            evidence.n_visible_B.index_add(0, cell_M, torch.ones_like(count_M)),
+            evidence.total_B.index_add(0, cell_M, count_M),
+        )
 
 
 class _TrunkBlock(nn.Module):

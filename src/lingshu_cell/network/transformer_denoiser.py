@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lingshu_cell.network.compression import Compressor, Decompressor, GeneGroups
-from lingshu_cell.network.distribution import CountDistribution
+from lingshu_cell.network.conditions import Conditions
+from lingshu_cell.network.distribution import CountDistribution, Denoiser
 from lingshu_cell.network.layers import Block, rotary_angles
 from lingshu_cell.tokens import MASK_TOKEN
 
 
-class TransformerDenoiser(nn.Module):
+class TransformerDenoiser(nn.Module, Denoiser):
     """Bidirectional transformer over groups of genes, with condition tokens in front and no time input.
 
     Parameters
@@ -55,16 +56,17 @@ class TransformerDenoiser(nn.Module):
         self.decompressor = Decompressor(width, genes_per_group)
         self._initialise(generator)
 
-    def forward(self, x_t_BG: Tensor, condition_BC: Tensor) -> CountDistribution:
+    def forward(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer p(x_0 | x_t, conditions) for every gene.
 
         Parameters
         ----------
         x_t_BG
             Tokens 0 … 280, ``MASK_TOKEN`` where hidden; any integer dtype.
-        condition_BC
-            int64 category of each field, 0 = unknown.
+        conditions
+            Categories, B × C, 0 = unknown; the paper's network knows no others, a perturbation is one of them.
         """
+        condition_BC = Conditions.of(conditions).category_BC
         # Genes: permute, group, embed and compress S·D → D.
         h_BPD = self.compressor(self.groups.group(x_t_BG), self.embedding.weight).float()  # residual stream in fp32
         # Conditions: tokens of the same table, in front, outside the compression, never masked.

@@ -1,0 +1,460 @@
+"""From labels to what a denoiser is told: which perturbations make up a label, which control cells are a cell's
+context, which effect is expected, and how deep cells are.
+
+Shapes: N cells, C condition fields, L labels of the perturbation field, P perturbations, G modelled genes, K profiles.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from lingshu_cell.config import Config
+from lingshu_cell.data.gene_embeddings import GeneEmbeddings, concatenate, read_embeddings
+from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses, standardise_doses
+from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects, prior_effects
+from lingshu_cell.data.training_set import TrainingSet
+from lingshu_cell.data.vocabulary import ConditionVocabulary
+from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.network.conditions import Conditions, Profiles
+from lingshu_cell.network.set_denoiser import ConditionSizes
+
+_MOST_CONTEXT_DRAWS = 16
+_MOST_PROFILES = 512  # of all identities together: memory is this times twice the genes
+_CONTEXT_CELLS = (32, 256)  # control cells behind one context; fewer are noisy, more teach nothing about noise
+LEAST_CONTEXT_CELLS = 8
+_N_QUANTILES = 65
+
+
+@dataclass(frozen=True, eq=False)
+class ContextTable:
+    """Profiles of control cells: for each identity that of all its control cells first, then of random parts of them.
+
+    Attributes
+    ----------
+    profile_KJG
+        Share of cells that detect a gene, and mean log(1 + count), float32; row 0 is empty and stands for *none*.
+    identity_IC
+        The identities: indices in each condition field, 0 in the perturbation field.
+    first_I, n_I
+        First row of each identity and how many it has.
+    """
+
+    profile_KJG: np.ndarray
+    identity_IC: np.ndarray
+    first_I: np.ndarray
+    n_I: np.ndarray
+
+    def rows(self, identity_NC: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """Give the profile of each cell, 0 = none: that of all control cells, or with ``rng`` a random part's."""
+        place = _find_rows(self.identity_IC, identity_NC)
+        known = place >= 0
+        row = np.where(known, self.first_I[place], 0)
+        if rng is not None:
+            row += np.where(known, np.floor(rng.random(len(row)) * self.n_I[place]).astype(np.int64), 0)
+        return row
+
+
+@dataclass(frozen=True, eq=False)
+class EffectTable:
+    """Prior effects: the expected change of each gene's log mean.
+
+    Attributes
+    ----------
+    effect_KG
+        float32; row 0 is empty and stands for *none*.
+    condition_KC
+        What each effect belongs to: indices of a whole condition row; row 0 is not used.
+    """
+
+    effect_KG: np.ndarray
+    condition_KC: np.ndarray
+
+    def rows(self, condition_NC: np.ndarray) -> np.ndarray:
+        """Give the effect of each cell, 0 = none."""
+        return np.maximum(_find_rows(self.condition_KC[1:], condition_NC) + 1, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class DepthTable:
+    """Library sizes of the training cells of each condition row: quantiles of the log of their modelled UMI counts."""
+
+    condition_RC: np.ndarray
+    log_quantile_RU: np.ndarray
+
+    def draw(self, condition_NC: np.ndarray, uniform_N: np.ndarray, perturbation_field: int | None) -> np.ndarray:
+        """Draw a log library size for each cell; a condition row not seen in training is as deep as the rows that
+        agree with it in all fields but the perturbation, or else as all cells.
+        """
+        place = _find_rows(self.condition_RC, condition_NC)
+        drawn = np.empty(len(place))
+        at = np.linspace(0, 1, self.log_quantile_RU.shape[1])
+        for row in np.unique(condition_NC, axis=0):
+            cells = (condition_NC == row).all(1)
+            if place[cells][0] >= 0:
+                quantiles = self.log_quantile_RU[place[cells][0]]
+            else:
+                same = self.condition_RC == row
+                if perturbation_field is not None:
+                    same[:, perturbation_field] = True
+                alike = same.all(1)
+                quantiles = self.log_quantile_RU[alike if alike.any() else slice(None)].mean(0)
+            drawn[cells] = np.interp(uniform_N[cells], at, quantiles)
+        return drawn
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioner:
+    """All that turns condition rows into what a denoiser is told.
+
+    Attributes
+    ----------
+    vocabulary
+        Condition fields and categories; the perturbation labels are one of the fields.
+    perturbation_key
+        Which field that is; ``None`` where there is none, or where the network takes it as a plain category.
+    perturbations
+        The labels taken apart.
+    dose_mean, dose_sd
+        Of the log doses in training; ``None`` where doses are not read.
+    embedding_PQ
+        Known embedding of every perturbation, float32.
+    contexts, effects, depths
+        Tables, where the model uses them.
+    embeddings
+        All known embeddings, so that perturbations never trained can be told.
+    prior
+        What foretells effects of conditions never trained.
+    """
+
+    vocabulary: ConditionVocabulary
+    perturbation_key: str | None = None
+    perturbations: PerturbationVocabulary | None = None
+    dose_mean: float | None = None
+    dose_sd: float | None = None
+    embedding_PQ: np.ndarray | None = None
+    contexts: ContextTable | None = None
+    effects: EffectTable | None = None
+    depths: DepthTable | None = None
+    embeddings: GeneEmbeddings | None = None
+    prior: PriorEffects | None = None
+
+    @property
+    def perturbation_field(self) -> int | None:
+        """Column of the perturbation labels in a condition row."""
+        return None if self.perturbation_key is None else list(self.vocabulary.fields).index(self.perturbation_key)
+
+    @property
+    def sizes(self) -> ConditionSizes:
+        """What a denoiser of these conditions must have room for."""
+        field = self.perturbation_field
+        return ConditionSizes(
+            categories=tuple(size for i, size in enumerate(self.vocabulary.sizes) if i != field),
+            perturbations=0 if self.perturbations is None else len(self.perturbations.names),
+            embedding=0 if self.embedding_PQ is None else self.embedding_PQ.shape[1],
+            context=self.contexts is not None,
+            effect=self.effects is not None,
+            depth=self.depths is not None,
+        )
+
+    def conditions(
+        self,
+        condition_NC: np.ndarray,
+        *,
+        dose_N: np.ndarray | None = None,
+        log_depth_N: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Conditions:
+        """Tell a denoiser about cells.
+
+        Parameters
+        ----------
+        condition_NC
+            Condition rows, int64, 0 = unknown.
+        dose_N
+            Standardised log doses; mean dose where not given.
+        log_depth_N
+            log library sizes to be had, NaN = open; all open where not given.
+        rng
+            Source of the random parts of control cells, in training; without it contexts are of all control cells.
+
+        Returns
+        -------
+        Conditions
+            Tensors on the CPU.
+        """
+        field = self.perturbation_field
+        if field is None:
+            told = Conditions(torch.from_numpy(condition_NC))
+        else:
+            applied_LP = self.applied()
+            applied_NP = applied_LP[condition_NC[:, field]]
+            told = Conditions(
+                torch.from_numpy(np.delete(condition_NC, field, axis=1)),
+                torch.from_numpy(applied_NP),
+                embedding_PQ=None if self.embedding_PQ is None else torch.from_numpy(self.embedding_PQ),
+            )
+            if self.dose_mean is not None and dose_N is not None:
+                dose_NP = applied_NP * np.asarray(dose_N, dtype=np.float32)[:, None]
+                told = replace(told, dose_BP=torch.from_numpy(dose_NP))
+        if self.contexts is not None:
+            identity_NC = condition_NC.copy()
+            identity_NC[:, field] = 0
+            row_N = self.contexts.rows(identity_NC, rng)
+            told = replace(told, context=_profiles(self.contexts.profile_KJG, row_N))
+        if self.effects is not None:
+            row_N = self.effects.rows(condition_NC)
+            told = replace(told, effect=_profiles(self.effects.effect_KG[:, None], row_N))
+        if self.depths is not None:
+            depth_N = np.full(len(condition_NC), np.nan) if log_depth_N is None else log_depth_N
+            told = replace(told, depth_B=torch.from_numpy(np.asarray(depth_N, dtype=np.float32)))
+        return told
+
+    def applied(self) -> np.ndarray:
+        """Which perturbations each label of the perturbation field stands for, float32, (L + 1) × P; row 0 is none."""
+        labels = self.vocabulary.fields[self.perturbation_key]
+        return np.concatenate(
+            [np.zeros((1, len(self.perturbations.names)), np.float32), self.perturbations.encode(labels)]
+        )
+
+    def is_perturbed(self, condition_NC: np.ndarray) -> np.ndarray:
+        """Which condition rows are of perturbed cells, boolean, N."""
+        label = self.vocabulary.fields[self.perturbation_key].index(self.perturbations.control) + 1
+        return ~np.isin(condition_NC[:, self.perturbation_field], [0, label])
+
+    def as_control(self, condition_NC: np.ndarray) -> np.ndarray:
+        """Give the condition rows with the perturbation replaced by control."""
+        field = self.perturbation_field
+        control_NC = condition_NC.copy()
+        control_NC[:, field] = 1 + self.vocabulary.fields[self.perturbation_key].index(self.perturbations.control)
+        return control_NC
+
+    def identity_names(self, condition_NC: np.ndarray) -> list[str]:
+        """Name the identity of each condition row: its labels but the perturbation, ``?`` where unknown."""
+        field = self.perturbation_field
+        labels = [("?", *names) for names in self.vocabulary.fields.values()]
+        return [
+            " / ".join(labels[i][k] for i, k in enumerate(row) if i != field)
+            for row in np.asarray(condition_NC).tolist()
+        ]
+
+    def predict_effect(self, row_C: np.ndarray, control_profile: np.ndarray | None = None) -> PriorEffect:
+        """Foretell the effect in a condition row; ``control_profile`` are the summed counts of control cells of an
+        identity that training data do not have.
+        """
+        field = self.perturbation_field
+        label = self.vocabulary.fields[self.perturbation_key][row_C[field] - 1]
+        name = self.identity_names(row_C[None])[0]
+        return self.prior.predict(label, name, control_profile, self.embeddings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what is not a table as plain JSON types."""
+        e = self.embeddings
+        return {
+            "embeddings": None if e is None else {"names": list(e.names), "source": e.source},
+            "prior": None if self.prior is None else self.prior.to_arrays()[1],
+            "vocabulary": self.vocabulary.to_json(),
+            "perturbation_key": self.perturbation_key,
+            "perturbations": None if self.perturbations is None else self.perturbations.to_json(),
+            "dose_mean": self.dose_mean,
+            "dose_sd": self.dose_sd,
+        }
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Give the tables; with :meth:`to_json` they make the conditioner anew."""
+        arrays: dict[str, np.ndarray] = {}
+        if self.embedding_PQ is not None:
+            arrays["embedding"] = self.embedding_PQ
+        for name, table in (("context", self.contexts), ("effect", self.effects), ("depth", self.depths)):
+            if table is not None:
+                arrays |= {f"{name}.{part}": value for part, value in vars(table).items()}
+        if self.embeddings is not None:
+            arrays["embeddings"] = self.embeddings.matrix
+        if self.prior is not None:
+            arrays |= {f"prior.{part}": value for part, value in self.prior.to_arrays()[0].items()}
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+
+    @classmethod
+    def from_saved(cls, value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Conditioner":
+        """Make the conditioner anew from what :meth:`to_json` and :meth:`to_tensors` gave."""
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+
+        def table(kind: type, name: str) -> Any:
+            parts = {key.split(".", 1)[1]: a for key, a in arrays.items() if key.startswith(f"{name}.")}
+            return kind(**parts) if parts else None
+
+        known, embeddings = value["perturbations"], value["embeddings"]
+        prior = {key.split(".", 1)[1]: a for key, a in arrays.items() if key.startswith("prior.")}
+        return cls(
+            vocabulary=ConditionVocabulary.from_json(value["vocabulary"]),
+            perturbation_key=value["perturbation_key"],
+            perturbations=None if known is None else PerturbationVocabulary.from_json(known),
+            dose_mean=value["dose_mean"],
+            dose_sd=value["dose_sd"],
+            embedding_PQ=arrays.get("embedding"),
+            contexts=table(ContextTable, "context"),
+            effects=table(EffectTable, "effect"),
+            depths=table(DepthTable, "depth"),
+            embeddings=embeddings
+            and GeneEmbeddings.of(embeddings["names"], arrays["embeddings"], embeddings["source"]),
+            prior=PriorEffects.from_arrays(prior, value["prior"]) if prior else None,
+        )
+
+
+def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
+    """Make the conditioner of a training run.
+
+    Parameters
+    ----------
+    cells
+        The training set; its perturbation labels are the last condition field.
+    config
+        All settings. The paper's transformer takes perturbation labels as plain categories.
+
+    Raises
+    ------
+    LingshuError
+        If the paper's network is asked for what it cannot be told, or labels cannot be taken apart.
+    """
+    data = config.data
+    if config.network.kind == "transformer":
+        asked = [name for name in ("dose_key", "embeddings", "depth") if getattr(data, name)]
+        if asked:
+            raise LingshuError(
+                "The paper's network knows categories only",
+                f"data.{asked[0]} is set",
+                "Leave it out, or take --preset small",
+            )
+        return Conditioner(cells.conditions)
+    depths = build_depths(cells.library[cells.train], cells.condition_NC[cells.train]) if data.depth else None
+    conditioner = Conditioner(cells.conditions, depths=depths)
+    if data.perturbation_key is None:
+        return conditioner
+    labels = cells.conditions.fields[data.perturbation_key]
+    known = PerturbationVocabulary.from_labels(labels, data.control, data.combination_separator)
+    conditioner = replace(conditioner, perturbation_key=data.perturbation_key, perturbations=known)
+    if cells.dose is not None:
+        train = cells.train
+        _, mean, sd = standardise_doses(cells.dose[train], ~conditioner.is_perturbed(cells.condition_NC[train]))
+        conditioner = replace(conditioner, dose_mean=mean, dose_sd=sd)
+    if data.context:
+        identity_NC = cells.condition_NC[cells.context_cells].copy()
+        identity_NC[:, conditioner.perturbation_field] = 0
+        contexts = build_contexts(cells.counts()[cells.context_cells], identity_NC, config.training.seed)
+        conditioner = replace(conditioner, contexts=contexts)
+    if data.embeddings:
+        embeddings = concatenate([read_embeddings(path) for path in data.embeddings])
+        vectors, found = embeddings.rows(known.names[1:])
+        if not found.any():
+            raise LingshuError(
+                "Embeddings must be those of the perturbations",
+                f"none of {offenders(known.names[1:])} is in {offenders(data.embeddings)}",
+                "Name them as the perturbations are named",
+            )
+        control_1Q = np.zeros((1, embeddings.n_dimensions), np.float32)
+        conditioner = replace(conditioner, embeddings=embeddings, embedding_PQ=np.concatenate([control_1Q, vectors]))
+    return _with_prior_effects(conditioner, cells, config) if data.prior_effects else conditioner
+
+
+def _with_prior_effects(conditioner: Conditioner, cells: TrainingSet, config: Config) -> Conditioner:
+    """Measure effects in the training cells, and foretell each of them from the others."""
+    used = np.union1d(cells.train, np.flatnonzero(cells.context_cells))
+    condition_NC = cells.condition_NC[used]
+    labels = np.array(cells.conditions.fields[conditioner.perturbation_key])
+    prior = prior_effects(
+        cells.counts()[used],
+        labels[condition_NC[:, conditioner.perturbation_field] - 1].tolist(),
+        conditioner.identity_names(condition_NC),
+        control=conditioner.perturbations.control,
+        gene_names=[cells.vocabulary.names[g] for g in cells.modelled],
+        embeddings=conditioner.embeddings,
+        separator=conditioner.perturbations.separator,
+        seed=config.training.seed,
+    )
+    effect_KG, found, _ = prior.out_of_fold()
+    if not found.any():
+        return conditioner
+    first_row = {}
+    for row in np.unique(condition_NC, axis=0):
+        label = labels[row[conditioner.perturbation_field] - 1]
+        first_row.setdefault((conditioner.identity_names(row[None])[0], label), row)
+    rows = np.stack([first_row[condition] for condition in prior.conditions])
+    table = EffectTable(
+        np.concatenate([np.zeros_like(effect_KG[:1]), effect_KG[found]]),
+        np.concatenate([np.full_like(rows[:1], -1), rows[found]]),
+    )
+    return replace(conditioner, effects=table, prior=prior)
+
+
+def standard_doses(cells: TrainingSet, conditioner: Conditioner) -> np.ndarray | None:
+    """Standardised log dose of each cell, 0 in control cells; ``None`` where doses are not read."""
+    if conditioner.dose_mean is None:
+        return None
+    perturbed = conditioner.is_perturbed(cells.condition_NC)
+    standard = np.zeros(len(perturbed), dtype=np.float32)
+    standard[perturbed] = (check_log_doses(cells.dose[perturbed]) - conditioner.dose_mean) / conditioner.dose_sd
+    return standard
+
+
+def build_contexts(counts: sparse.csr_matrix, identity_NC: np.ndarray, seed: int) -> ContextTable:
+    """Average control cells of each identity: all of them, and random parts of 32 to 256 cells.
+
+    Parameters
+    ----------
+    counts
+        UMI counts of the control cells, N × G.
+    identity_NC
+        Their condition rows with 0 in the perturbation field. Identities of fewer than 8 control cells get none.
+    seed
+        Seed of the random parts.
+    """
+    rng = np.random.default_rng(seed)
+    identity_IC, of_cell, n_cells = np.unique(identity_NC, axis=0, return_inverse=True, return_counts=True)
+    of_cell = of_cell.reshape(-1)
+    enough = np.flatnonzero(n_cells >= LEAST_CONTEXT_CELLS)
+    draws = int(np.clip(_MOST_PROFILES // max(len(enough), 1) - 1, 1, _MOST_CONTEXT_DRAWS))
+    profiles, first, n = [np.zeros((2, counts.shape[1]), np.float32)], [], []
+    for identity in enough:
+        cells = np.flatnonzero(of_cell == identity)
+        first.append(len(profiles))
+        profiles.append(average_profile(counts[cells]))
+        for _ in range(draws):
+            low, high = np.log(_CONTEXT_CELLS)
+            size = min(int(np.exp(rng.uniform(low, high))), len(cells))
+            profiles.append(average_profile(counts[rng.choice(cells, size, replace=False)]))
+        n.append(len(profiles) - first[-1])
+    return ContextTable(
+        np.stack(profiles), identity_IC[enough], np.array(first, dtype=np.int64), np.array(n, dtype=np.int64)
+    )
+
+
+def average_profile(counts: sparse.csr_matrix) -> np.ndarray:
+    """Average cells: share that detects each gene and mean log(1 + count), float32, 2 × G."""
+    detected = np.bincount(counts.indices, minlength=counts.shape[1])
+    log_sum = np.bincount(counts.indices, weights=np.log1p(counts.data), minlength=counts.shape[1])
+    return (np.stack([detected, log_sum]) / max(counts.shape[0], 1)).astype(np.float32)
+
+
+def build_depths(library_N: np.ndarray, condition_NC: np.ndarray) -> DepthTable:
+    """Take the quantiles of the log library size in each condition row."""
+    condition_RC, row_N = np.unique(condition_NC, axis=0, return_inverse=True)
+    log_N, at = np.log(np.maximum(library_N, 1)), np.linspace(0, 1, _N_QUANTILES)
+    row_N = row_N.reshape(-1)
+    return DepthTable(condition_RC, np.stack([np.quantile(log_N[row_N == r], at) for r in range(len(condition_RC))]))
+
+
+def _profiles(table_KJG: np.ndarray, row_N: np.ndarray) -> Profiles:
+    """Hand over only the rows that occur, so that a minibatch does not carry the whole table to the device."""
+    rows, place = np.unique(row_N, return_inverse=True)
+    rows = np.concatenate([[0], rows[rows > 0]])
+    place = np.searchsorted(rows, row_N)
+    return Profiles(torch.from_numpy(table_KJG[rows]), torch.from_numpy(place))
+
+
+def _find_rows(table_RC: np.ndarray, wanted_NC: np.ndarray) -> np.ndarray:
+    """Give the place of each wanted row in a table of rows, -1 where it is not there."""
+    place = {tuple(row): i for i, row in enumerate(table_RC.tolist())}
+    return np.array([place.get(tuple(row), -1) for row in wanted_NC.tolist()], dtype=np.int64)

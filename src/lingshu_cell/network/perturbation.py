@@ -1,0 +1,159 @@
+"""How the set denoiser reads what its categories do not say: perturbations, a context of control cells, a prior effect,
+library size.
+
+A context and a prior effect are profiles over genes. They are read as evidence, like visible genes: summed along the
+head's own gene codes, so that a gene's meaning is learned once.
+
+Shapes: B cells, P perturbations, Q embedding, G genes, E gene width, D trunk width, R distinct profiles.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lingshu_cell.network.conditions import Conditions, Profiles
+
+_N_DEPTH_FREQUENCIES = 5
+_RESIDUAL_DROPOUT = 0.2  # share of perturbations trained by their embedding alone, so that unseen ones are in range
+_MOST_GATE_WEIGHT = 3.0
+
+
+class PerturbationReader(nn.Module):
+    """Σ_p applied_p (r_p + W e_p) + dose_p d_p, with learned r_p and d_p and a known embedding e_p.
+
+    In training, r_p is left out for a random fifth of the perturbations where they have an embedding; a perturbation
+    that was never trained has r_p = 0.
+    """
+
+    def __init__(self, n_perturbations: int, embedding_width: int, width: int) -> None:
+        super().__init__()
+        self.residual_PD = nn.Parameter(torch.zeros(n_perturbations, width))
+        self.dose_PD = nn.Parameter(torch.zeros(n_perturbations, width))
+        self.embedding = nn.Linear(embedding_width, width, bias=False) if embedding_width else None
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Start at the size of everything else that enters the trunk: smaller, perturbations are ignored for long."""
+        self.residual_PD.normal_(0.0, 1.0 if self.embedding is None else 0.5, generator=generator)
+
+    def forward(self, conditions: Conditions) -> Tensor:
+        """Give what the perturbations of each cell add to the trunk, B × D."""
+        applied_BP = conditions.perturbation_BP
+        n_known = len(self.residual_PD)
+        residual_PD = self.residual_PD
+        if self.embedding is not None and self.training:
+            keep_P1 = torch.rand(n_known, 1, device=residual_PD.device) >= _RESIDUAL_DROPOUT
+            residual_PD = residual_PD * keep_P1
+        h_BD = applied_BP[:, :n_known] @ residual_PD
+        if conditions.dose_BP is not None:
+            h_BD = h_BD + conditions.dose_BP[:, :n_known] @ self.dose_PD
+        if self.embedding is not None:
+            h_BD = h_BD + applied_BP @ self.embedding(conditions.embedding_PQ)
+        return h_BD
+
+
+class ContextReader(nn.Module):
+    """What an average control cell of the same identity shows, as evidence along the gene codes; NaN tells nothing."""
+
+    def __init__(self, gene_width: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(2 * gene_width)
+        self.into = nn.Linear(2 * gene_width, width)
+
+    def forward(self, context: Profiles, codes_GE: Tensor, weights_2G: Tensor, expected_2G: Tensor) -> Tensor:
+        """Give what the context of each cell adds to the trunk, B × D; 0 for a cell without one."""
+        profile_RJG, place_B = context.distinct()
+        evidence = [
+            (profile_RJG[:, j] - expected_2G[j]).nan_to_num() @ (codes_GE * weights_2G[j][:, None])
+            for j in range(len(weights_2G))
+        ]
+        h_RD = self.into(self.norm(torch.cat(evidence, dim=1)))
+        return h_RD[place_B] * context.known()[:, None]
+
+
+@dataclass(frozen=True)
+class EffectOffsets:
+    """What a prior effect adds to the head: amounts of the cells, and the effect of each gene.
+
+    Attributes
+    ----------
+    amount_BA
+        For the gate, then for each statistic of small values and of the tail, how much of the effect a cell takes.
+    gate_RG, effect_RG
+        The effect, weighted for the gate, and as it is.
+    place_B
+        Which of the R effects is a cell's.
+    """
+
+    amount_BA: Tensor
+    gate_RG: Tensor
+    effect_RG: Tensor
+    place_B: Tensor
+
+
+class EffectReader(nn.Module):
+    """A prior effect Δ, the expected change of each gene's log mean: as evidence into the trunk, and straight to each
+    gene's own distribution, in learned amounts.
+
+    For a Poisson count of mean m the gate's logit moves by Δ · m / (1 - e^-m); this is where the gate's weights start.
+    """
+
+    def __init__(self, n_genes: int, gene_width: int, width: int, n_statistics: int) -> None:
+        super().__init__()
+        self.weight_G = nn.Parameter(torch.ones(n_genes))
+        self.gate_weight_G = nn.Parameter(torch.ones(n_genes))
+        self.norm = nn.RMSNorm(gene_width)
+        self.into = nn.Linear(gene_width + 1, width)
+        self.amount = nn.Linear(width, 1 + 2 * n_statistics)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start with the whole effect at the gate and half of it on log counts."""
+        self.amount.weight.zero_()
+        self.amount.bias.zero_()
+        n_statistics = (len(self.amount.bias) - 1) // 2
+        self.amount.bias[0], self.amount.bias[1], self.amount.bias[1 + n_statistics] = 1.0, 0.5, 0.5
+
+    @torch.no_grad()
+    def start_at_means(self, mean_G: Tensor) -> None:
+        """Set the gate's weights from the genes' mean counts."""
+        self.gate_weight_G.copy_((mean_G / -torch.expm1(-mean_G.clamp_min(1e-4))).clamp(1.0, _MOST_GATE_WEIGHT))
+
+    def forward(self, effect: Profiles, codes_GE: Tensor) -> Tensor:
+        """Give what the effect of each cell adds to the trunk, B × D."""
+        profile_RJG, place_B = effect.distinct()
+        sum_RE = (profile_RJG[:, 0] * self.weight_G) @ codes_GE
+        strength_R1 = torch.log(sum_RE.norm(dim=1, keepdim=True) + 0.01)
+        h_RD = self.into(torch.cat([self.norm(sum_RE), strength_R1], dim=1))
+        return h_RD[place_B] * effect.known()[:, None]
+
+    def offsets(self, effect: Profiles, h_BD: Tensor) -> EffectOffsets:
+        """Give what the effect adds to the head."""
+        profile_RJG, place_B = effect.distinct()
+        effect_RG = profile_RJG[:, 0]
+        return EffectOffsets(self.amount(h_BD), effect_RG * self.gate_weight_G, effect_RG, place_B)
+
+
+class DepthReader(nn.Module):
+    """The library size asked for, as Fourier features of its standardised logarithm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("sd", torch.ones(()))
+        self.into = nn.Linear(2 * _N_DEPTH_FREQUENCIES + 2, width, bias=False)
+
+    @torch.no_grad()
+    def start_at(self, mean: float, sd: float) -> None:
+        """Set the mean and the standard deviation of log library sizes in training."""
+        self.mean.fill_(mean)
+        self.sd.fill_(max(sd, 1e-3))
+
+    def forward(self, depth_B: Tensor) -> Tensor:
+        """Give what the depth of each cell adds to the trunk, B × D; 0 where none is asked for."""
+        known_B1 = ~depth_B.isnan()[:, None]
+        z_B1 = ((depth_B.nan_to_num() - self.mean) / self.sd)[:, None]
+        angle = z_B1 * (2.0 ** torch.arange(_N_DEPTH_FREQUENCIES, device=z_B1.device)) * (math.pi / 8)
+        return self.into(torch.cat([angle.sin(), angle.cos(), z_B1, torch.ones_like(z_B1)], dim=1) * known_B1)
