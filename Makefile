@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 1; }
 	@test -n "$(CONSTRAINTS)" || echo "note: not Python 3.11, so versions are not pinned by constraints.txt"
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[evaluate,test]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[evaluate,responses,test]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
