@@ -1,0 +1,226 @@
+"""Log fold changes of perturbations, with their sampling noise, and shrunk by it."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from lingshu_cell.errors import LingshuError, offenders
+
+PSEUDOCOUNT_UMI = 2.0  # measured on held-out cell types of Kang et al.: 1 … 4 are alike, ½ and 8 are worse
+_CELLS_AT_ONCE = 8192
+_LEAST_VARIANCE = 1e-6
+_NULL_PENALTY = 10.0
+_GRID_STEPS_PER_OCTAVE = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Measured log fold changes of C conditions against the control cells of the same identity.
+
+    Parameters
+    ----------
+    identities, perturbations
+        Labels of every condition, C each; control is none of them.
+    delta
+        Natural-log fold changes, float16, shape [C, n_genes]; 0 for conditions that could not be measured.
+    variance
+        Their sampling variance, float16, shape [C, n_genes].
+    n_cells
+        Perturbed and control cells together as one number, 1 / (1/n_perturbed + 1/n_control), float32, shape [C]; 0
+        where the identity has no control cells, so that nothing could be measured.
+    profile_identities
+        Identities with control cells, I of them.
+    profiles
+        Mean of their control cells, each normalised to ``target_sum``; float32, shape [I, n_genes].
+    target_sum
+        Total every cell was normalised to: the median total.
+    pseudocount
+        ε of log(mean + ε), in counts of a cell with ``target_sum``.
+    """
+
+    identities: tuple[str, ...]
+    perturbations: tuple[str, ...]
+    delta: np.ndarray
+    variance: np.ndarray
+    n_cells: np.ndarray
+    profile_identities: tuple[str, ...]
+    profiles: np.ndarray
+    target_sum: float
+    pseudocount: float
+
+
+def measure_effects(
+    counts: sparse.csr_matrix,
+    perturbations: Sequence[str],
+    identities: Sequence[str] | None,
+    control: str,
+    pseudocount_umi: float = PSEUDOCOUNT_UMI,
+) -> Effects:
+    r"""Measure Δ_g = log(m_perturbed,g + ε) − log(m_control,g + ε) of every perturbed condition.
+
+    m is the mean over cells of counts normalised to the median total s; ε = ``pseudocount_umi`` · s / T, with T the
+    median over conditions of all their UMI: about two counts of one gene in a whole condition. The sampling variance is
+    Var(m) / (m + ε)², summed over both sides; Var(m) is that between cells, but at least the Poisson variance of
+    m + ε, as a gene that no cell of a condition shows is not known to be silent.
+
+    Parameters
+    ----------
+    counts
+        UMI counts of training cells, shape [n_cells, n_genes].
+    perturbations
+        Label of every cell.
+    identities
+        Cell line, type or donor of every cell; None where there is only one.
+    control
+        Label of control cells.
+    pseudocount_umi
+        ε in UMI per condition, above 0.
+
+    Returns
+    -------
+    Effects
+        Conditions sorted by identity and perturbation. An identity without control cells is kept unmeasured, with a
+        warning.
+
+    Raises
+    ------
+    LingshuError
+        If labels and cells differ in number, no identity has control cells, or nothing is perturbed.
+    """
+    n_cells = counts.shape[0]
+    labels = np.asarray([str(one) for one in perturbations], dtype=object)
+    owners = np.asarray([""] * n_cells if identities is None else [str(one) for one in identities], dtype=object)
+    if len(labels) != n_cells or len(owners) != n_cells:
+        finding = f"{n_cells} cells, {len(labels)} perturbations and {len(owners)} identities"
+        raise LingshuError("Each cell needs a perturbation and an identity", finding, "Pass one label per cell")
+    keys = sorted(set(zip(owners, labels, strict=True)))
+    code = {key: number for number, key in enumerate(keys)}
+    group = np.array([code[key] for key in zip(owners, labels, strict=True)], dtype=np.int64)
+    is_control = np.array([label == control for _, label in keys])
+    if not is_control.any() or is_control.all():
+        raise LingshuError(
+            "Effects need control and perturbed cells",
+            f"no cell is {control!r}" if not is_control.any() else f"every cell is {control!r}",
+            f"Labels: {offenders(sorted(set(labels)))}",
+        )
+    sums = _group_sums(counts, group, len(keys))
+    n = np.maximum(sums.n_cells, 1)
+    mean = sums.first / n[:, None]
+    epsilon = pseudocount_umi * sums.target_sum / max(1.0, float(np.median(sums.umi[~is_control])))
+    between_cells = (sums.second / n[:, None] - mean**2) / np.maximum(n - 1, 1)[:, None]
+    poisson = (mean + epsilon) * (sums.per_umi / n**2)[:, None]
+    variance = np.maximum(between_cells, poisson) / (mean + epsilon) ** 2
+    log_mean = np.log(mean + epsilon)
+
+    reference = {keys[place][0]: place for place in np.flatnonzero(is_control) if sums.n_cells[place] > 0}
+    conditions = [place for place in range(len(keys)) if not is_control[place] and sums.n_cells[place] > 0]
+    lonely = sorted({keys[place][0] for place in conditions} - set(reference))
+    if lonely:
+        warnings.warn(f"No effects can be measured without control cells: {offenders(lonely)}", stacklevel=2)
+    delta = np.zeros((len(conditions), counts.shape[1]), dtype=np.float16)
+    noise = np.full(delta.shape, np.float16(1.0))
+    weight = np.zeros(len(conditions), dtype=np.float32)
+    for c, place in enumerate(conditions):
+        base = reference.get(keys[place][0])
+        if base is not None:
+            delta[c] = log_mean[place] - log_mean[base]
+            noise[c] = np.maximum(variance[place] + variance[base], _LEAST_VARIANCE)
+            weight[c] = 1 / (1 / sums.n_cells[place] + 1 / sums.n_cells[base])
+    return Effects(
+        identities=tuple(keys[place][0] for place in conditions),
+        perturbations=tuple(keys[place][1] for place in conditions),
+        delta=delta,
+        variance=noise,
+        n_cells=weight,
+        profile_identities=tuple(reference),
+        profiles=mean[list(reference.values())].astype(np.float32),
+        target_sum=sums.target_sum,
+        pseudocount=epsilon,
+    )
+
+
+def shrink(delta: np.ndarray, variance: np.ndarray, n_rounds: int = 200) -> np.ndarray:
+    r"""Shrink effects by their noise: posterior means under a scale mixture of normals fitted to all genes.
+
+    Δ_g ~ N(δ_g, v_g), δ_g ~ Σ_k π_k N(0, τ_k²) with τ_0 = 0 and a grid of others; π by EM with a pull towards τ_0.
+    With a single τ the posterior mean is Δ τ² / (τ² + v); the mixture leaves strong effects of a few genes alone where
+    most genes do nothing.
+
+    Parameters
+    ----------
+    delta
+        Measured effects, shape [n_genes].
+    variance
+        Their sampling variance, above 0, shape [n_genes].
+    n_rounds
+        Rounds of EM.
+
+    Returns
+    -------
+    np.ndarray
+        Shrunk effects, float64, shape [n_genes].
+
+    References
+    ----------
+    Stephens 2017, False discovery rates: a new deal (adaptive shrinkage).
+    """
+    d, v = np.asarray(delta, dtype=np.float64), np.asarray(variance, dtype=np.float64)
+    highest = 2 * np.sqrt(max(float((d**2 - v).max()), float(v.min())))
+    lowest = max(np.sqrt(float(v.min())) / 10, highest / 512)
+    n_steps = 2 + int(np.ceil(max(0.0, np.log2(highest / lowest)) * _GRID_STEPS_PER_OCTAVE))
+    tau_2 = np.concatenate([[0.0], np.geomspace(lowest, highest, n_steps) ** 2])
+    total = v[:, None] + tau_2
+    log_likelihood = -0.5 * (np.log(total) + d[:, None] ** 2 / total)
+    likelihood = np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
+    pi = np.full(len(tau_2), 1 / len(tau_2))
+    for _ in range(n_rounds):
+        share = pi * (likelihood.T @ (1 / (likelihood @ pi)))
+        share[0] += _NULL_PENALTY
+        share /= share.sum()
+        moved = np.abs(share - pi).max()
+        pi = share
+        if moved < 1e-5:
+            break
+    posterior = likelihood * pi
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    return d * (posterior * (tau_2 / total)).sum(axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over the cells of every group: x, x², s / total, total, number of cells."""
+
+    first: np.ndarray
+    second: np.ndarray
+    per_umi: np.ndarray
+    umi: np.ndarray
+    n_cells: np.ndarray
+    target_sum: float
+
+
+def _group_sums(counts: sparse.csr_matrix, group: np.ndarray, n_groups: int) -> _Sums:
+    """Cells without counts say nothing of relative expression and are left out."""
+    totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    used = np.flatnonzero(totals > 0)
+    if not len(used):
+        raise LingshuError("Effects need cells with counts", "all counts are 0", "Check the data")
+    target_sum = float(np.median(totals[used]))
+    first, second = np.zeros((n_groups, counts.shape[1])), np.zeros((n_groups, counts.shape[1]))
+    for start in range(0, len(used), _CELLS_AT_ONCE):
+        cells = used[start : start + _CELLS_AT_ONCE]
+        there, place = np.unique(group[cells], return_inverse=True)
+        values = sparse.csr_matrix(sparse.diags_array(target_sum / totals[cells]) @ counts[cells].astype(np.float64))
+        to_group = sparse.csr_matrix((np.ones(len(cells)), (place, np.arange(len(cells)))))
+        first[there] += (to_group @ values).toarray()
+        second[there] += (to_group @ values.power(2)).toarray()
+    return _Sums(
+        first,
+        second,
+        per_umi=np.bincount(group[used], target_sum / totals[used], n_groups),
+        umi=np.bincount(group[used], totals[used], n_groups),
+        n_cells=np.bincount(group[used], minlength=n_groups).astype(np.float64),
+        target_sum=target_sum,
+    )

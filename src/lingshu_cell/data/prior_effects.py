@@ -1,0 +1,437 @@
+"""What training data say of a condition without looking at it: its effect in other identities, or by gene embeddings.
+
+Each prediction is a weighted sum of measured effects. Weights of other identities: √n exp(−β d), with n the number of
+cells and d the distance of control profiles; of other perturbations: a ridge regression on embeddings.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from lingshu_cell.data.condition_labels import canonical_name, components_of
+from lingshu_cell.data.effect_regression import FEWEST_FOR_RIDGE, Ridge, fit_ridge, ridge_weights
+from lingshu_cell.data.effects import Effects, measure_effects, shrink
+from lingshu_cell.data.gene_embeddings import GeneEmbeddings
+from lingshu_cell.errors import LingshuError, offenders
+
+FOLDS = 5
+_RIDGE_ARRAYS = ("features", "effects", "own_effects", "out_of_fold")
+OTHERS, RIDGE, SUM, NONE = "other identities", "ridge on embeddings", "sum of parts", "none"
+_SHARPNESS = (0.0, 0.5, 1.0, 2.0, 4.0)
+_MOST_TUNED = 200
+_COUNTS_OF_A_PROFILE = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class PriorEffect:
+    """A predicted effect.
+
+    Parameters
+    ----------
+    delta
+        Natural-log fold change against the control cells of the same identity, float32, shape [n_genes].
+    source
+        What it was taken from, for people.
+    confidence
+        Correlation, 0 … 1, that predictions of this kind had with the measured effects of training conditions.
+    found
+        Whether there was anything to take it from; without, ``delta`` is 0.
+    """
+
+    delta: np.ndarray
+    source: str
+    confidence: float
+    found: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PriorEffects:
+    """Measured effects of the training conditions, and how to predict others from them; see :func:`prior_effects`.
+
+    Parameters
+    ----------
+    measured
+        Effects of the training conditions.
+    control
+        Label of control cells.
+    separator
+        What joins the parts of a combination; empty where labels are never combinations.
+    sharpness
+        β: how fast the weight of another identity falls with the distance of its control profile.
+    gene_names
+        Names of the genes, or none; needed to know a perturbation's own gene.
+    ridge
+        Fitted when embeddings were given.
+    confidence
+        Kind of prediction → correlation with measured effects over training conditions.
+    """
+
+    measured: Effects
+    control: str
+    separator: str
+    sharpness: float
+    gene_names: tuple[str, ...] = ()
+    ridge: Ridge | None = None
+    confidence: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.measured.delta.shape[1]
+
+    @cached_property
+    def _distances(self) -> np.ndarray:
+        return _distances(self.measured.profiles)
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: g for g, name in enumerate(self.gene_names)}
+
+    @property
+    def conditions(self) -> tuple[tuple[str, str], ...]:
+        """``(identity, perturbation)`` of every training condition that is not control."""
+        return tuple(zip(self.measured.identities, self.measured.perturbations, strict=True))
+
+    def out_of_fold(self) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        """Predict every training condition from the others, as a condition never measured would be.
+
+        Returns
+        -------
+        tuple
+            Effects, float32 [number of conditions, n_genes] in the order of ``conditions``; whether there was anything
+            to predict from, bool; and the sources.
+        """
+        answers = [self.predict(perturbation, identity) for identity, perturbation in self.conditions]
+        return (
+            np.stack([answer.delta for answer in answers]),
+            np.array([answer.found for answer in answers]),
+            tuple(answer.source for answer in answers),
+        )
+
+    def predict(
+        self,
+        perturbation: str,
+        identity: str | None = None,
+        control_profile: np.ndarray | None = None,
+        embeddings: GeneEmbeddings | None = None,
+        other_names: Mapping[str, Sequence[str]] | None = None,
+    ) -> PriorEffect:
+        """Predict the effect of a perturbation in an identity, never from the cells of that very condition.
+
+        Parameters
+        ----------
+        perturbation
+            Its label; control has no effect. A combination that no other identity has is the sum of its parts, which
+            count as measured where the same identity has them.
+        identity
+            Its label; None where there is only one, or for one without a name.
+        control_profile
+            Mean or summed counts of the control cells of an identity that is not in the training data, shape
+            [n_genes]; without, its likeness to others is not used.
+        embeddings
+            Those given to :func:`prior_effects`; needed for perturbations that training data have not.
+        other_names
+            Passed to :meth:`GeneEmbeddings.rows`.
+
+        Returns
+        -------
+        PriorEffect
+
+        Raises
+        ------
+        LingshuError
+            If the embeddings are others than in training, or the profile has another number of genes.
+        """
+        if canonical_name(perturbation, self.separator, self.control) == self.control:
+            return PriorEffect(np.zeros(self.n_genes, np.float32), "control", 1.0, True)
+        if self.ridge and embeddings and embeddings.sha256 != self.ridge.sha256:
+            raise LingshuError(
+                "Embeddings must be those used in training",
+                f"{embeddings.source} has checksum {embeddings.sha256[:12]} instead of {self.ridge.sha256[:12]}",
+                "Give the same file and join it with the same others",
+            )
+        perturbation = canonical_name(perturbation, self.separator, self.control)
+        owner = identity or ""
+        by_others = self._from_others(perturbation, owner, control_profile)
+        if by_others is not None:
+            return by_others
+        parts = components_of(perturbation, self.separator, self.control)
+        if len(parts) == 1:
+            return self._from_ridge(parts[0], embeddings, other_names) or self._nothing()
+        answers = [
+            self._own(part, owner) or self.predict(part, identity, control_profile, embeddings, other_names)
+            for part in parts
+        ]
+        if not all(answer.found for answer in answers):
+            return self._nothing()
+        confidence = self.confidence.get(SUM, min(answer.confidence for answer in answers))
+        source = f"{SUM}: {', '.join(f'{part} ({a.source})' for part, a in zip(parts, answers, strict=True))}"
+        return PriorEffect(np.sum([answer.delta for answer in answers], axis=0), source, confidence, True)
+
+    def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Give everything as arrays and as plain JSON types, for a checkpoint.
+
+        Returns
+        -------
+        tuple
+            Name → array, and a dictionary of JSON types.
+        """
+        m, r = self.measured, self.ridge
+        arrays = {"delta": m.delta, "variance": m.variance, "n_cells": m.n_cells, "profiles": m.profiles}
+        about: dict[str, Any] = {
+            "identities": list(m.identities),
+            "perturbations": list(m.perturbations),
+            "profile_identities": list(m.profile_identities),
+            "target_sum": m.target_sum,
+            "pseudocount": m.pseudocount,
+            "control": self.control,
+            "separator": self.separator,
+            "sharpness": self.sharpness,
+            "gene_names": list(self.gene_names),
+            "confidence": dict(self.confidence),
+            "ridge": None,
+        }
+        if r:
+            arrays |= {f"ridge_{name}": getattr(r, name) for name in _RIDGE_ARRAYS}
+            names = ("perturbations", "penalty", "r2", "sha256")
+            about["ridge"] = {name: getattr(r, name) for name in names} | {"perturbations": list(r.perturbations)}
+        return arrays, about
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> "PriorEffects":
+        """Rebuild from what :meth:`to_arrays` gave."""
+        names = {one.name for one in fields(Effects)}
+        labels = ("identities", "perturbations", "profile_identities")
+        plain = {name: tuple(about[name]) if name in labels else about[name] for name in about if name in names}
+        measured = Effects(**plain, **{name: arrays[name] for name in arrays if name in names})
+        ridge = None
+        if about["ridge"]:
+            kept = {name: arrays[f"ridge_{name}"] for name in _RIDGE_ARRAYS}
+            ridge = Ridge(**{**about["ridge"], "perturbations": tuple(about["ridge"]["perturbations"])}, **kept)
+        settings = {name: about[name] for name in ("control", "separator", "sharpness", "confidence")}
+        return cls(measured, ridge=ridge, gene_names=tuple(about["gene_names"]), **settings)
+
+    def _from_others(self, perturbation: str, owner: str, profile: np.ndarray | None) -> PriorEffect | None:
+        m = self.measured
+        rows = np.array(
+            [
+                c
+                for c, (identity, label) in enumerate(self.conditions)
+                if identity != owner and label == perturbation and m.n_cells[c] > 0
+            ],
+            dtype=np.int64,
+        )
+        if not len(rows):
+            return None
+        weights = np.sqrt(m.n_cells[rows].astype(np.float64))
+        place = {name: i for i, name in enumerate(m.profile_identities)}
+        if self.sharpness and (profile is not None or owner in place):
+            distance = self._distances[place[owner]] if profile is None else _distances_of(profile, m.profiles)
+            near = distance[[place[m.identities[c]] for c in rows]]
+            weights *= np.exp(-self.sharpness * (near - near.min()))
+        delta = _combine(m, rows, weights)
+        return PriorEffect(delta, f"{OTHERS}: {len(rows)}", self.confidence.get(OTHERS, 0.0), True)
+
+    def _own(self, part: str, owner: str) -> PriorEffect | None:
+        """Effect of a single perturbation as measured in the identity itself."""
+        m = self.measured
+        rows = [c for c, key in enumerate(self.conditions) if key == (owner, part) and m.n_cells[c] > 0]
+        return PriorEffect(_combine(m, np.array(rows), np.ones(1)), "measured", 1.0, True) if rows else None
+
+    def _from_ridge(
+        self, perturbation: str, embeddings: GeneEmbeddings | None, other_names: Mapping[str, Sequence[str]] | None
+    ) -> PriorEffect | None:
+        r = self.ridge
+        if r is None:
+            return None
+        if perturbation in r.perturbations:
+            weights = r.out_of_fold[r.perturbations.index(perturbation)].astype(np.float64)
+        else:
+            if embeddings is None:
+                return None
+            vector, found = embeddings.rows([perturbation], other_names)
+            if not found[0]:
+                return None
+            weights = ridge_weights(r.features, r.penalty, vector)[0]
+        delta = r.predict(weights, self._position(perturbation, other_names))
+        source = f"{RIDGE}: R2 out of fold {r.r2:.2f}"
+        return PriorEffect(delta, source, self.confidence.get(RIDGE, 0.0), True)
+
+    def _position(self, perturbation: str, other_names: Mapping[str, Sequence[str]] | None) -> int:
+        """Position of the gene that a perturbation is named after, −1 if there is none."""
+        tried = (perturbation, *(other_names or {}).get(perturbation, ()))
+        return next((self._positions[name] for name in tried if name in self._positions), -1)
+
+    def _nothing(self) -> PriorEffect:
+        return PriorEffect(np.zeros(self.n_genes, np.float32), NONE, 0.0, False)
+
+
+def prior_effects(
+    counts: sparse.csr_matrix,
+    perturbations: Sequence[str],
+    identities: Sequence[str] | None = None,
+    *,
+    control: str,
+    gene_names: Sequence[str] = (),
+    embeddings: GeneEmbeddings | None = None,
+    other_names: Mapping[str, Sequence[str]] | None = None,
+    separator: str = "+",
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> PriorEffects:
+    """Measure the effects in training cells, and learn how to predict effects of conditions never measured.
+
+    Parameters
+    ----------
+    counts
+        UMI counts of **training** cells, shape [n_cells, n_genes]; normalised here.
+    perturbations
+        Label of every cell.
+    identities
+        Cell line, type or donor of every cell; None where there is only one.
+    control
+        Label of control cells.
+    gene_names
+        Names of the genes; with them, what a genetic perturbation does to its own gene is not carried over to others,
+        and a gene never perturbed gets the mean effect that perturbed genes had on themselves.
+    embeddings
+        Vectors of perturbations; pass what :func:`~lingshu_cell.data.gene_embeddings.concatenate` gives.
+    other_names
+        Passed to :meth:`GeneEmbeddings.rows`.
+    separator
+        What joins the parts of a combination; empty for none.
+    folds
+        Folds over perturbations for out-of-fold predictions of the ridge, at least 2.
+    seed
+        Draws the folds.
+
+    Returns
+    -------
+    PriorEffects
+
+    Raises
+    ------
+    LingshuError
+        As :func:`~lingshu_cell.data.effects.measure_effects`, or if ``folds`` is below 2, or no perturbation has an
+        embedding.
+    """
+    if len(gene_names) not in (0, counts.shape[1]):
+        finding = f"{len(gene_names)} names for {counts.shape[1]} genes"
+        raise LingshuError("Each gene needs a name", finding, "Pass all var_names, or none")
+    if folds < 2:
+        raise LingshuError("Out-of-fold predictions need 2 folds or more", f"got {folds}", "Use 5")
+    # A+B is B+A, and A+control is A.
+    spelt = {label: canonical_name(label, separator, control) for label in {str(one) for one in perturbations}}
+    measured = measure_effects(counts, [spelt[str(label)] for label in perturbations], identities, control)
+    prior = PriorEffects(measured, control, separator, _tuned_sharpness(measured), tuple(map(str, gene_names)))
+    if embeddings is not None:
+        prior = replace(prior, ridge=_fit_ridge(prior, embeddings, other_names, folds, seed))
+    return replace(prior, confidence=_confidence(prior))
+
+
+def _combine(measured: Effects, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of effects, shrunk by its noise."""
+    weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    delta = weights @ measured.delta[rows].astype(np.float64)
+    variance = weights**2 @ measured.variance[rows].astype(np.float64)
+    return shrink(delta, np.maximum(variance, 1e-8)).astype(np.float32)
+
+
+def _log_profiles(profiles: np.ndarray) -> np.ndarray:
+    profiles = profiles.astype(np.float64)
+    return np.log1p(_COUNTS_OF_A_PROFILE * profiles / np.maximum(profiles.sum(axis=1, keepdims=True), 1e-12))
+
+
+def _distances(profiles: np.ndarray) -> np.ndarray:
+    """1 − correlation of all pairs of log control profiles, over the median of different ones; [I, I]."""
+    if len(profiles) < 2:
+        return np.zeros((len(profiles), len(profiles)))
+    between = 1 - np.corrcoef(_log_profiles(profiles))
+    return between / max(float(np.median(between[np.triu_indices(len(profiles), 1)])), 1e-12)
+
+
+def _distances_of(profile: np.ndarray, profiles: np.ndarray) -> np.ndarray:
+    """The same for one more identity and the others, in the same unit; [I]."""
+    profile = np.asarray(profile, dtype=np.float64).ravel()
+    if len(profile) != profiles.shape[1]:
+        raise LingshuError(
+            "A control profile needs one value per gene",
+            f"{len(profile)} values for {profiles.shape[1]} genes",
+            "Align the genes first",
+        )
+    if len(profiles) < 2:
+        return np.zeros(len(profiles))
+    logs = _log_profiles(profiles)
+    unit = np.median((1 - np.corrcoef(logs))[np.triu_indices(len(logs), 1)])
+    return (1 - np.corrcoef(np.vstack([_log_profiles(profile[None]), logs])))[0, 1:] / max(float(unit), 1e-12)
+
+
+def _tuned_sharpness(m: Effects) -> float:
+    """The β of the grid that best predicts training conditions from the other identities; 0 where none can tell."""
+    rows_of: dict[str, list[int]] = {}
+    for c, perturbation in enumerate(m.perturbations):
+        if m.n_cells[c] > 0:
+            rows_of.setdefault(perturbation, []).append(c)
+    tasks = [(c, [o for o in rows if o != c]) for rows in rows_of.values() if len(rows) > 2 for c in rows]
+    if not tasks:
+        return 0.0
+    tasks = [tasks[i] for i in np.unique(np.linspace(0, len(tasks) - 1, min(len(tasks), _MOST_TUNED)).astype(int))]
+    place = {identity: i for i, identity in enumerate(m.profile_identities)}
+    distances = _distances(m.profiles)
+    errors = np.zeros(len(_SHARPNESS))
+    for c, others in tasks:
+        near = distances[place[m.identities[c]], [place[m.identities[o]] for o in others]]
+        weights = np.sqrt(m.n_cells[others].astype(np.float64)) * np.exp(-np.outer(_SHARPNESS, near - near.min()))
+        weights /= weights.sum(axis=1, keepdims=True)
+        truth = m.delta[c].astype(np.float64)
+        tolerance = m.variance[c].astype(np.float64) + (truth**2).mean()
+        errors += ((weights @ m.delta[others].astype(np.float64) - truth) ** 2 / tolerance).mean(axis=1)
+    return float(_SHARPNESS[int(np.argmin(errors))])
+
+
+def _fit_ridge(
+    prior: PriorEffects,
+    embeddings: GeneEmbeddings,
+    other_names: Mapping[str, Sequence[str]] | None,
+    folds: int,
+    seed: int,
+) -> Ridge | None:
+    m = prior.measured
+    rows_of: dict[str, list[int]] = {}
+    for c, name in enumerate(m.perturbations):
+        if m.n_cells[c] > 0 and len(components_of(name, prior.separator, prior.control)) == 1:
+            rows_of.setdefault(name, []).append(c)
+    singles = sorted(rows_of)
+    features, found = embeddings.rows(singles, other_names)
+    if singles and not found.any():
+        raise LingshuError(
+            "Perturbations must have embeddings",
+            f"none of {offenders(singles)} is in {embeddings.source} ({', '.join(embeddings.names[:3])}, …)",
+            "Use one name style, or give aliases",
+        )
+    names = [name for name, there in zip(singles, found, strict=True) if there]
+    if len(names) < FEWEST_FOR_RIDGE:
+        return None
+    effects = np.stack([_combine(m, np.array(rows_of[n]), np.sqrt(m.n_cells[rows_of[n]])) for n in names])
+    own_genes = np.array([prior._position(name, other_names) for name in names], dtype=np.int64)
+    return fit_ridge(names, features[found], effects, own_genes, embeddings.sha256, folds, seed)
+
+
+def _confidence(prior: PriorEffects) -> dict[str, float]:
+    """Correlate out-of-fold predictions with the shrunk measured effects, over all genes and conditions of a kind."""
+    m = prior.measured
+    sums: dict[str, np.ndarray] = {}
+    for c, (identity, perturbation) in enumerate(prior.conditions):
+        answer = prior.predict(perturbation, identity)
+        if not answer.found or m.n_cells[c] == 0:
+            continue
+        truth = _combine(m, np.array([c]), np.ones(1)).astype(np.float64)
+        x = answer.delta.astype(np.float64)
+        kind = answer.source.split(":")[0]
+        sums[kind] = sums.get(kind, np.zeros(3)) + np.array([x @ truth, x @ x, truth @ truth])
+    # About 0, not about the mean: no effect is the reference.
+    return {kind: float(max(0.0, xy / max(np.sqrt(xx * yy), 1e-12))) for kind, (xy, xx, yy) in sums.items()}
