@@ -63,3 +63,17 @@ def split_files(cells: ad.AnnData, folder: Path) -> tuple[Path, Path]:
     for path, rows in zip((train, held_out), split_cells(cells.n_obs, HELD_OUT, _SEED), strict=True):
         cells[rows].copy().write_h5ad(path)
     return train, held_out
+
+
+def shared_file(name: str) -> Path:
+    """Give the file of a data set that lies in ``../shared/data``.
+
+    Raises
+    ------
+    SystemExit
+        If it is not there.
+    """
+    path = SHARED / f"{name}.h5ad"
+    if not path.is_file():
+        raise SystemExit(f"{name}.h5ad is not in ../shared/data")
+    return path

@@ -4,8 +4,9 @@ context, which effect is expected, and how deep cells are.
 Shapes: N cells, C condition fields, L labels of the perturbation field, P perturbations, G modelled genes, K profiles.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from scipy import sparse
 
 from lingshu_cell.config import Config
+from lingshu_cell.data.condition_labels import canonical_name
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, concatenate, read_embeddings
 from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses, standardise_doses
 from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects, prior_effects
@@ -50,6 +52,8 @@ class ContextTable:
 
     def rows(self, identity_NC: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         """Give the profile of each cell, 0 = none: that of all control cells, or with ``rng`` a random part's."""
+        if not len(self.first_I):
+            return np.zeros(len(identity_NC), dtype=np.int64)
         place = _find_rows(self.identity_IC, identity_NC)
         known = place >= 0
         row = np.where(known, self.first_I[place], 0)
@@ -190,8 +194,7 @@ class Conditioner:
         if field is None:
             told = Conditions(torch.from_numpy(condition_NC))
         else:
-            applied_LP = self.applied()
-            applied_NP = applied_LP[condition_NC[:, field]]
+            applied_NP = self.applied[condition_NC[:, field]]
             told = Conditions(
                 torch.from_numpy(np.delete(condition_NC, field, axis=1)),
                 torch.from_numpy(applied_NP),
@@ -213,6 +216,7 @@ class Conditioner:
             told = replace(told, depth_B=torch.from_numpy(np.asarray(depth_N, dtype=np.float32)))
         return told
 
+    @cached_property
     def applied(self) -> np.ndarray:
         """Which perturbations each label of the perturbation field stands for, float32, (L + 1) × P; row 0 is none."""
         labels = self.vocabulary.fields[self.perturbation_key]
@@ -347,7 +351,7 @@ def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
         conditioner = replace(conditioner, contexts=contexts)
     if data.embeddings:
         embeddings = concatenate([read_embeddings(path) for path in data.embeddings])
-        vectors, found = embeddings.rows(known.names[1:])
+        vectors, found = scaled_rows(embeddings, known.names[1:])
         if not found.any():
             raise LingshuError(
                 "Embeddings must be those of the perturbations",
@@ -357,6 +361,12 @@ def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
         control_1Q = np.zeros((1, embeddings.n_dimensions), np.float32)
         conditioner = replace(conditioner, embeddings=embeddings, embedding_PQ=np.concatenate([control_1Q, vectors]))
     return _with_prior_effects(conditioner, cells, config) if data.prior_effects else conditioner
+
+
+def scaled_rows(embeddings: GeneEmbeddings, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Look up embeddings, which have length 1 or so, scaled to numbers of size 1; and which names have one."""
+    vectors, found = embeddings.rows(names)
+    return vectors * np.float32(embeddings.n_dimensions**0.5), found
 
 
 def _with_prior_effects(conditioner: Conditioner, cells: TrainingSet, config: Config) -> Conditioner:
@@ -377,15 +387,16 @@ def _with_prior_effects(conditioner: Conditioner, cells: TrainingSet, config: Co
     effect_KG, found, _ = prior.out_of_fold()
     if not found.any():
         return conditioner
-    first_row = {}
+    place = {condition: k for k, condition in enumerate(prior.conditions) if found[k]}
+    effects, rows = [np.zeros_like(effect_KG[0])], [np.full_like(condition_NC[0], -1)]
     for row in np.unique(condition_NC, axis=0):
-        label = labels[row[conditioner.perturbation_field] - 1]
-        first_row.setdefault((conditioner.identity_names(row[None])[0], label), row)
-    rows = np.stack([first_row[condition] for condition in prior.conditions])
-    table = EffectTable(
-        np.concatenate([np.zeros_like(effect_KG[:1]), effect_KG[found]]),
-        np.concatenate([np.full_like(rows[:1], -1), rows[found]]),
-    )
+        name = conditioner.identity_names(row[None])[0]
+        label = str(labels[row[conditioner.perturbation_field] - 1])
+        spelt = canonical_name(label, prior.separator, prior.control)  # B+A is A+B
+        if (name, spelt) in place:
+            effects.append(effect_KG[place[name, spelt]])
+            rows.append(row)
+    table = EffectTable(np.stack(effects), np.stack(rows))
     return replace(conditioner, effects=table, prior=prior)
 
 

@@ -128,8 +128,17 @@ class TrainingConfig(_Section):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = autocast of the trunk; heads stay in fp32.")
     condition_dropout: float = Field(0.1, ge=0, le=1, description="Share of cells trained without their conditions.")
+    balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="A condition of n cells is trained on n^(1 - balance) times; 0 = as often as it is.",
+    )
     identity_dropout: float = Field(
         0.2, ge=0, le=1, description="Share of cells trained on their context in place of their identity labels."
+    )
+    rest_share: float = Field(
+        0.3, ge=0, le=1, description="Share of training before perturbations are told: identities are learned first."
     )
     depth_dropout: float = Field(
         0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."

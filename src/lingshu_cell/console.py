@@ -144,6 +144,23 @@ def give_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def give_responses(found: Mapping[str, Any]) -> None:
+    """Print the summary of an evaluation of responses to stdout: means over conditions beside what real cells reach."""
+    from lingshu_cell.judgement import number
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, justify in (("metric, mean over conditions", "left"), ("predicted", "right"), ("real cells", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for name, entry in found["summary"].items():
+        table.add_row(name, number(entry.get("mean")), number(entry.get("ceiling_mean")))
+        if "pooled" in entry:
+            table.add_row(f"{name}, pooled", number(entry["pooled"]), number(entry.get("ceiling_pooled")))
+    console = Console()
+    (console if console.is_terminal else Console(width=_LEAST_WIDTH)).print(table)
+    for note in found["notes"]:
+        say(note)
+
+
 def give_schedules(table: Mapping[int, Mapping[str, float]]) -> None:
     """Print predicted KL to stdout: a row for each number of steps, a column for each schedule."""
     shown = Table(box=None, pad_edge=False, header_style="bold", title="predicted KL, nats per cell")

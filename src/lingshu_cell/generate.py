@@ -30,6 +30,7 @@ from lingshu_cell.diffusion.priors import TiltedDenoiser, clamp
 from lingshu_cell.diffusion.randomness import cell_seeds, draw_cell_noise
 from lingshu_cell.diffusion.sampler import sample_cells
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.guidance_store import load_calibration
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.network.distribution import Denoiser
 from lingshu_cell.request import Request, describe_request, resolve_request
@@ -277,7 +278,7 @@ def generate_chunks(
             ]
         )
         wanted = slice(max(first - chunk, 0), min(first + n_cells, end) - chunk)
-        yield _chunk(model, request, tokens[wanted], seeds[wanted], rows[wanted])
+        yield _chunk(model, request, tokens[wanted], seeds[wanted], rows[wanted], steered.clamped)
 
 
 def steering_of(
@@ -287,8 +288,13 @@ def steering_of(
     tilt: Mapping[str, float] | None = None,
     **guidance: Any,
 ) -> Steering:
-    """Give guidance and priors as asked for; guidance not given (or ``None``) is the run's own."""
+    """Give guidance and priors as asked for; guidance not given (or ``None``) is what a calibration found, or else the
+    run's own.
+    """
     defaults = model.config.generation
+    calibrated = load_calibration(model.checkpoint.folder.parent, model.checkpoint.step)
+    if calibrated is not None and guidance.get("guidance_scale") is None:
+        guidance |= {"guidance_scale": calibrated.scale, "guidance_space": calibrated.space}
     names = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
     chosen = {name: getattr(defaults, name) if guidance.get(name) is None else guidance[name] for name in names}
     return Steering(**chosen, clamp=clamp or {}, tilt=tilt or {})
@@ -304,6 +310,7 @@ def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, 
         genes=model.genes,
         modelled=model.modelled,
         min_coverage=model.config.data.min_coverage,
+        layer=model.config.data.layer,
         **asked,
     )
 
@@ -377,29 +384,36 @@ def provenance(model: TrainedModel, n_cells: int, **settings: Any) -> dict[str, 
         "validation_nelbo_nats_per_cell": manifest["validation_nelbo_nats_per_cell"] or float("nan"),
         "versions": manifest["versions"],
     }
+    request = request_of(model, asked.pop("condition", {}), **asked)
+    plain = {name: asked[name] for name in ("dose", "unseen") if name in asked}
+    steered = {**plain, **describe_request(request), **asdict(steering)}
     if model.conditioner.perturbation_key is not None:
-        request = request_of(model, asked.pop("condition", {}), **asked)
-        record["perturbation"] = {
-            "perturbation_key": model.conditioner.perturbation_key,
-            "control": model.conditioner.perturbations.control,
-            **describe_request(request),
-            **asdict(steering),
-        }
+        keys = {"perturbation_key": model.conditioner.perturbation_key}
+        record["perturbation"] = keys | {"control": model.conditioner.perturbations.control} | steered
+    elif steering.clamp or steering.tilt or request.log_depth is not None:
+        record["steering"] = steered
     return record
 
 
 class _Steered:
-    """Sampler over priors over guidance over the network, in plain sight."""
+    """Sampler over priors over guidance over the network, in plain sight.
+
+    Attributes
+    ----------
+    clamped
+        Column among the modelled genes → count.
+    """
 
     def __init__(self, model: TrainedModel, request: Request, steering: Steering) -> None:
         self._model, self._request, self._steering = model, request, steering
         _check_steering(model, request, steering)
         column = {int(gene): i for i, gene in enumerate(model.modelled)}
         self._count_V = torch.from_numpy(token_midpoints()).float().to(model.device)
-        self._token_of_gene = {
-            column[int(g)]: int(encode(np.array([count]))[0])
+        self.clamped = {
+            column[int(g)]: int(count)
             for g, count in zip(model.genes.index(steering.clamp), steering.clamp.values(), strict=True)
         }
+        self._token_of_gene = {gene: int(encode(np.array([count]))[0]) for gene, count in self.clamped.items()}
         self._log_factor_G = torch.zeros(len(model.modelled), device=model.device)
         for g, factor in zip(model.genes.index(steering.tilt), steering.tilt.values(), strict=True):
             self._log_factor_G[column[int(g)]] = float(np.log(factor))
@@ -454,7 +468,7 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
             raise LingshuError(
                 f"Only modelled genes can be {name}", f"{offenders(rare)} was too rare in training", "Leave it out"
             )
-    if any(count < 0 or count != int(count) for count in steering.clamp.values()):
+    if any(not (np.isfinite(count) and count >= 0 and count == int(count)) for count in steering.clamp.values()):
         raise LingshuError("A clamped gene needs a whole count", f"{dict(steering.clamp)}", "Write for example STAT1=1")
     if any(not (np.isfinite(factor) and factor > 0) for factor in steering.tilt.values()):
         raise LingshuError("A tilt is a factor above 0", f"{dict(steering.tilt)}", "Write for example STAT1=0.2")
@@ -470,13 +484,20 @@ def _log_depths(request: Request, rows: np.ndarray, uniform: np.ndarray) -> np.n
 
 
 def _chunk(
-    model: TrainedModel, request: Request, tokens: np.ndarray, seeds: np.ndarray, rows: np.ndarray
+    model: TrainedModel,
+    request: Request,
+    tokens: np.ndarray,
+    seeds: np.ndarray,
+    rows: np.ndarray,
+    clamped: Mapping[int, int],
 ) -> GeneratedChunk:
     modelled = sparse.csr_matrix(tokens)
     uniform = np.concatenate(
         [_stream(seed, _DECODE_STREAM).random(n) for seed, n in zip(seeds, np.diff(modelled.indptr), strict=True)]
     )
     values = decode(modelled.data, uniform)
+    for column, count in clamped.items():  # a token above 99 stands for many counts, the user asked for one
+        values[modelled.indices == column] = count
     gene, cell = model.modelled[modelled.indices], np.repeat(np.arange(len(seeds)), np.diff(modelled.indptr))
     rare_cell, rare_gene, rare_count = _draw_rare(model.rare, seeds)
     counts = sparse.csr_matrix(

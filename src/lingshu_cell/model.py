@@ -18,7 +18,7 @@ from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.evaluate import evaluate_files
-from lingshu_cell.generate import TrainedModel, generate, generate_file, load_model
+from lingshu_cell.generate import TrainedModel, generate, generate_file, load_model, steering_of
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import AUTOMATIC, run_config
 from lingshu_cell.train import Progress, pick_device, train
@@ -153,6 +153,14 @@ class LingshuCell:
         n_cells: int,
         *,
         condition: Mapping[str, str] | None = None,
+        dose: float | None = None,
+        depth: float | str | None = None,
+        context: Data | None = None,
+        unseen: str = "error",
+        guidance_scale: float | None = None,
+        guidance_space: str | None = None,
+        clamp: Mapping[str, int] | None = None,
+        tilt: Mapping[str, float] | None = None,
         steps: int | str | None = None,
         schedule: str | None = None,
         max_kl: float | None = None,
@@ -166,7 +174,26 @@ class LingshuCell:
         n_cells
             How many, 1 or more.
         condition
-            Wanted labels, e.g. ``{"cell_type": "B cells"}``; others are drawn from matching training cells.
+            Wanted labels, e.g. ``{"cell_type": "B cells", "perturbation": "IFNB"}``; others are drawn from matching
+            training cells. Pairs that were never trained together are allowed, and combinations of perturbations.
+        dose
+            Dose of the perturbation, above 0, in the unit of training.
+        depth
+            UMI per cell, ``"model"`` (drawn as in training) or ``"open"`` (left to the network), for models trained
+            with ``data.depth``.
+        context
+            Control cells of the identity wanted, for a cell type or line that was never trained.
+        unseen
+            ``"embedding"`` allows perturbations never trained, told by their embedding; ``"error"`` refuses them.
+        guidance_scale
+            Strength of the perturbation beyond control, 1 = as trained (the paper's w + 1); what ``lingshu calibrate``
+            found, or the run's own, when not given.
+        guidance_space
+            ``"log-mean"`` or ``"logits"`` (paper).
+        clamp
+            Gene → count that every cell has before the first step.
+        tilt
+            Gene → factor of its mean.
         steps
             Network evaluations per cell, 1 … number of modelled genes, or ``"auto"``: the fewest that keep to
             ``max_kl``; the run's own when not given.
@@ -190,10 +217,18 @@ class LingshuCell:
         LingshuError
             On a condition, schedule, seed or number that is not possible.
         """
+        steering = steering_of(
+            self._trained, guidance_scale=guidance_scale, guidance_space=guidance_space, clamp=clamp, tilt=tilt
+        )
         return generate(
             self._trained,
             n_cells,
             condition=condition,
+            dose=dose,
+            depth=depth,
+            context=context,
+            unseen=unseen,
+            steering=steering,
             steps=steps,
             schedule=schedule,
             max_kl=max_kl,
@@ -215,7 +250,7 @@ class LingshuCell:
         Parameters
         ----------
         n_cells, settings
-            As in :meth:`generate`.
+            As in :func:`lingshu_cell.generate.generate_chunks`; guidance and priors as ``steering``.
         out
             The file to write; it appears when it is whole.
         overwrite

@@ -11,8 +11,15 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
-from lingshu_cell.conditioning import LEAST_CONTEXT_CELLS, Conditioner, ContextTable, EffectTable, average_profile
-from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.conditioning import (
+    LEAST_CONTEXT_CELLS,
+    Conditioner,
+    ContextTable,
+    EffectTable,
+    average_profile,
+    scaled_rows,
+)
+from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.data.perturbations import check_log_doses
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary, align_genes, apply_alignment
 from lingshu_cell.errors import LingshuError, offenders
@@ -60,6 +67,7 @@ def resolve_request(
     depth: float | str | None = None,
     context: Path | str | ad.AnnData | None = None,
     unseen: str = "error",
+    layer: str | None = None,
 ) -> Request:
     """Check what is asked for, and extend the conditioner by what is new in it.
 
@@ -77,11 +85,14 @@ def resolve_request(
     dose
         Dose of the perturbation in the unit of training.
     depth
-        UMI per cell (of the modelled genes), or ``"model"`` to draw it from training cells of these conditions.
+        UMI per cell (of the modelled genes); ``"model"`` draws it from training cells of these conditions, the default of
+        a model trained with depth; ``"open"`` leaves it to the network.
     context
         Control cells of the identity wanted: an AnnData, file or URL. Identity labels may then be left out.
     unseen
         ``"embedding"`` lets a perturbation that was never trained be told by its embedding; ``"error"`` refuses it.
+    layer
+        Layer with the counts of the context; ``X`` when not given.
 
     Raises
     ------
@@ -95,7 +106,8 @@ def resolve_request(
     wanted = conditioner.vocabulary.encode(dict(condition), 1)[0]
     profile = None
     if context is not None:
-        conditioner, profile = _with_context(conditioner, wanted, context, genes, modelled, min_coverage, notes)
+        cells = read_counts(context, layer)
+        conditioner, profile = _with_context(conditioner, wanted, cells, genes, modelled, min_coverage, notes)
         rows, probabilities = wanted[None], np.ones(1)
     else:
         rows, probabilities = _matching_rows(conditioner, known_rows, known_counts, wanted, condition)
@@ -110,13 +122,19 @@ def resolve_request(
     )
 
 
-def _with_label(conditioner: Conditioner, condition: Mapping[str, str], unseen: str) -> tuple[Conditioner, list[str]]:
-    """Add a perturbation label that no training cell has: a combination of known parts, or with an embedding."""
+def _with_label(conditioner: Conditioner, condition: dict[str, str], unseen: str) -> tuple[Conditioner, list[str]]:
+    """Add a perturbation label that no training cell has, a combination of known parts or one with an embedding; or put
+    the label of training cells in its place if only the order of its parts differs.
+    """
     key = conditioner.perturbation_key
     label = condition.get(key) if key else None
     if label is None or label in conditioner.vocabulary.fields[key]:
         return conditioner, []
     parts = conditioner.perturbations.parts(label)
+    for known in conditioner.vocabulary.fields[key]:
+        if set(conditioner.perturbations.parts(known)) == set(parts):  # B+A is A+B
+            condition[key] = known
+            return conditioner, [f"{label} is {known} of the training cells"]
     new = [part for part in parts if part not in conditioner.perturbations.names]
     notes = []
     if new:
@@ -143,7 +161,7 @@ def _with_perturbations(conditioner: Conditioner, new: Sequence[str], unseen: st
             f"this one has none for {offenders(new)}",
             "Train with data.embeddings",
         )
-    rows, found = conditioner.embeddings.rows(new)
+    rows, found = scaled_rows(conditioner.embeddings, new)
     if not found.all():
         raise LingshuError(
             "An unseen perturbation needs an embedding",
@@ -160,7 +178,7 @@ def _with_perturbations(conditioner: Conditioner, new: Sequence[str], unseen: st
 def _with_context(
     conditioner: Conditioner,
     wanted: np.ndarray,
-    context: Path | str | ad.AnnData,
+    cells: CountMatrix,
     genes: GeneVocabulary,
     modelled: np.ndarray,
     min_coverage: float,
@@ -180,7 +198,6 @@ def _with_context(
             f"no {conditioner.perturbation_key} is asked for",
             f"Add it as a condition; control cells are {conditioner.perturbations.control!r}",
         )
-    cells = read_counts(context)
     if cells.n_cells < LEAST_CONTEXT_CELLS:
         raise LingshuError(
             f"A context needs {LEAST_CONTEXT_CELLS} control cells or more", f"{cells.n_cells}", "Pass more cells"
@@ -268,18 +285,20 @@ def _standard_dose(conditioner: Conditioner, dose: float | None) -> float | None
 
 
 def _log_depth(conditioner: Conditioner, depth: float | str | None) -> float | None:
-    if depth is None:
+    if depth == "open" or (depth is None and conditioner.depths is None):
         return None
     if conditioner.depths is None:
         raise LingshuError("A depth needs a model trained with depth", "this one was not", "Train with data.depth=true")
-    if depth == "model":
+    if depth in (None, "model"):
         return float("nan")
     try:
         value = float(depth)
     except ValueError:
         value = float("nan")
     if not (np.isfinite(value) and value >= 1):
-        raise LingshuError("The depth must be UMI per cell, or 'model'", f"{depth!r}", "Write for example --depth 5000")
+        raise LingshuError(
+            "The depth must be UMI per cell, 'model' or 'open'", f"{depth!r}", "Write for example --depth 5000"
+        )
     return float(np.log(value))
 
 

@@ -4,6 +4,7 @@ Shapes: N cells, B cells of a minibatch, G genes.
 """
 
 import contextlib
+import json
 import math
 import platform
 import signal
@@ -24,7 +25,7 @@ from lingshu_cell.conditioning import build_conditioner, standard_doses
 from lingshu_cell.config import Config, DataConfig, TrainingConfig
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.tokenizer import token_midpoints
-from lingshu_cell.data.training_set import TrainingSet, assemble, minibatch_cells
+from lingshu_cell.data.training_set import TrainingSet, assemble, balanced_probabilities, minibatch_cells
 from lingshu_cell.diffusion.information import InformationCurve, knots, measure_curve
 from lingshu_cell.diffusion.loss import nelbo_estimate, validation_nelbo
 from lingshu_cell.diffusion.noising import MaskLaw
@@ -129,12 +130,17 @@ class _Trainer:
         midpoints = torch.from_numpy(token_midpoints())
         self.conditioner = build_conditioner(cells, config)
         self.dose_N = standard_doses(cells, self.conditioner)
+        rows_NC = cells.condition_NC[cells.train]
+        self.probabilities = balanced_probabilities(rows_NC, settings.balance) if settings.balance else None
         network = build_denoiser(config.network, len(cells.modelled), self.conditioner.sizes, midpoints, settings.seed)
         if hasattr(network, "start_at_frequencies") and not resume:
             network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
             if network.depth is not None:
                 log_library = np.log(np.maximum(cells.library[cells.train], 1))
                 network.depth.start_at(float(log_library.mean()), float(log_library.std()))
+            if network.perturbation is not None:
+                trained_P = self.conditioner.conditions(cells.condition_frequencies()[0]).perturbation_BP.any(0)
+                network.perturbation.start_at_trained(trained_P)
         self.network = network.to(self.device)
         self.parameters = dict(self.network.named_parameters())
         self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]
@@ -195,7 +201,7 @@ class _Trainer:
     def _optimise(self) -> float:
         """One optimiser step; gives the gradient norm."""
         settings, cells = self.settings, self.cells
-        chosen = minibatch_cells(cells.train, settings.minibatch_size, self.step, settings.seed)
+        chosen = minibatch_cells(cells.train, settings.minibatch_size, self.step, settings.seed, self.probabilities)
         generator = torch.Generator(self.device).manual_seed(_step_seed(settings.seed, self.step))
         torch.manual_seed(_step_seed(settings.seed, self.step))  # dropout draws from the global state
         x_0_BG, conditions = self._on_device(chosen, np.random.default_rng(_step_seed(settings.seed, self.step)))
@@ -219,7 +225,7 @@ class _Trainer:
 
     def _with_dropout(self, conditions: Conditions, generator: torch.Generator) -> Conditions:
         """Forget all conditions of some cells, so that each may be left open; the identity labels of others, so that
-        their context alone must tell; and the library size of others.
+        their context alone must tell; the library size of others; and of all cells, at first, the perturbation.
         """
         settings, n = self.settings, len(conditions)
 
@@ -227,6 +233,8 @@ class _Trainer:
             return torch.rand(n, 1, generator=generator, device=self.device)[:, 0] >= share
 
         conditions = conditions.only(kept(settings.condition_dropout))
+        if max(self.step / settings.steps, self._share_of_time()) < settings.rest_share:
+            conditions = conditions.without_perturbation(kept(1.0))
         if conditions.context is not None:
             conditions = conditions.without_categories(kept(settings.identity_dropout) | ~conditions.context.known())
         if conditions.depth_B is not None:
@@ -476,12 +484,18 @@ def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [f"training.{k}" for k in settings[0] if settings[0][k] != settings[1].get(k)]
     changed += [s for s in ("data", "network") if old["config"][s] != new["config"][s]]
     changed += ["the data"] if old["data_fingerprints"] != new["data_fingerprints"] else []
+    read = ("n_training_cells", "n_validation_cells", "conditions", "conditioning")
+    changed += ["files that the settings name, e.g. the split"] if not changed and _differ(old, new, read) else []
     if changed:
         raise LingshuError(
             "A resumed run needs the data and settings it began with",
             f"changed: {offenders(changed)}",
             "Pass the same ones, or train anew into another folder",
         )
+
+
+def _differ(old: dict[str, Any], new: dict[str, Any], keys: Sequence[str]) -> bool:
+    return any(json.dumps(old.get(key)) != json.dumps(new[key]) for key in keys)
 
 
 @contextlib.contextmanager

@@ -294,11 +294,25 @@ def _conditions(data_sets: Sequence[CountMatrix], keys: Sequence[str]) -> tuple[
     return conditions, np.concatenate([conditions.encode(data.obs) for data in data_sets])
 
 
-def minibatch_cells(train: np.ndarray, minibatch_size: int, step: int, seed: int) -> np.ndarray:
-    """Cells of optimiser step ``step`` (0, 1, …): epochs of fresh permutations, cut without remainder.
+def balanced_probabilities(condition_NC: np.ndarray, balance: float) -> np.ndarray:
+    """Give each cell its probability so that a condition row of n cells is drawn n^(1 - balance) times as often as one
+    of a single cell; float64, N, sum 1.
+    """
+    _, row_N, n_R = np.unique(condition_NC, axis=0, return_inverse=True, return_counts=True)
+    weight_N = n_R[row_N.reshape(-1)] ** -balance
+    return weight_N / weight_N.sum()
+
+
+def minibatch_cells(
+    train: np.ndarray, minibatch_size: int, step: int, seed: int, probabilities: np.ndarray | None = None
+) -> np.ndarray:
+    """Cells of optimiser step ``step`` (0, 1, …): epochs of fresh permutations, cut without remainder; or, with
+    probabilities, independent draws.
 
     A function of the step alone, so that a resumed run goes on where the stopped one would have.
     """
+    if probabilities is not None:
+        return np.random.Generator(np.random.Philox(key=[seed, step])).choice(train, minibatch_size, p=probabilities)
     n = len(train)
     place = np.arange(step * minibatch_size, (step + 1) * minibatch_size)
     cells = np.empty(minibatch_size, dtype=np.int64)

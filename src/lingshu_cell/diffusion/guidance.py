@@ -19,6 +19,9 @@ from lingshu_cell.tokens import MASK_TOKEN
 
 GUIDANCE_SPACES = ("log-mean", "logits")
 
+_IMPOSSIBLE = -1e3  # log-probability that stands for 0: the difference of two infinities is no number
+_POSITIONS_AT_ONCE = 1 << 15  # 281 numbers each
+
 
 class GuidedDenoiser(Denoiser):
     """A denoiser that exaggerates (s > 1) or weakens (s < 1) what its conditions say beyond reference conditions.
@@ -90,9 +93,14 @@ class LogitGuidedDistribution(CountDistribution):
 
     def log_probabilities(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_probabilities`."""
-        log_p_MV = self._asked.log_probabilities(positions)
-        difference_MV = log_p_MV - self._reference.log_probabilities(positions)
+        log_p_MV = self._asked.log_probabilities(positions).clamp_min(_IMPOSSIBLE)
+        difference_MV = log_p_MV - self._reference.log_probabilities(positions).clamp_min(_IMPOSSIBLE)
         return torch.log_softmax(log_p_MV + self._strength_B[positions.cell_M, None] * difference_MV, -1)
+
+    def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
+        """See :meth:`CountDistribution.draw`; piece by piece, as every position takes all 281 tokens."""
+        pieces = torch.arange(len(positions), device=uniform_M2.device).split(_POSITIONS_AT_ONCE)
+        return torch.cat([super(LogitGuidedDistribution, self).draw(positions[m], uniform_M2[m]) for m in pieces])
 
 
 class MeanGuidedDistribution(TiltedDistribution):

@@ -34,7 +34,7 @@ class Profiles:
     def distinct(self) -> tuple[Tensor, Tensor]:
         """Give the profiles that occur, R × J × G, and each cell's place among them, B; row 0 reads as zeros."""
         rows_R, place_B = torch.unique(self.row_B, return_inverse=True)
-        profile_RJG = self.table_KJG[rows_R].float() * (rows_R > 0).float()[:, None, None]
+        profile_RJG = self.table_KJG[rows_R].float().masked_fill((rows_R == 0)[:, None, None], 0.0)
         return profile_RJG, place_B
 
 

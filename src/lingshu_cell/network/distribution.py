@@ -71,7 +71,8 @@ class CountDistribution(ABC):
 
     def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
         """Logarithm of the mean count at the positions, float32, shape M; ``count_V`` is the count of each token."""
-        return torch.log((self.log_probabilities(positions).exp() @ count_V).clamp_min(1e-30))
+        p_MV = self.log_probabilities(positions).exp()
+        return torch.log((p_MV * count_V).sum(-1).clamp_min(1e-30))  # a product of matrices would obey an autocast
 
     def tilts(self, positions: Positions, log_shift_M: Tensor, count_V: Tensor) -> Tensor:
         """Tilts that move the log mean of each position by a stated amount, shape M; see :mod:`.tilting`."""

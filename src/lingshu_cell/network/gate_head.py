@@ -13,12 +13,14 @@ Shapes: B cells, G genes, D trunk width, E gene width, M positions, K small valu
 V = 281.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingshu_cell.network.distribution import CountDistribution, Positions, draw_tokens, invert_cdf
-from lingshu_cell.network.perturbation import EffectOffsets
+from lingshu_cell.network.perturbation import Offsets
 from lingshu_cell.network.tilting import solve_tilt, tilted
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
@@ -54,7 +56,7 @@ class GateHead(nn.Module):
         self.tail_statistic_JL = nn.Parameter(torch.zeros(N_STATISTICS, n_tail))
         self.tail_bias_L = nn.Parameter(torch.zeros(n_tail))
 
-    def forward(self, h_BD: Tensor, offsets: EffectOffsets | None = None) -> "GatedDistribution":
+    def forward(self, h_BD: Tensor, offsets: Sequence[Offsets] = ()) -> "GatedDistribution":
         """Answer for every gene; heads run in fp32 whatever the trunk's precision.
 
         Parameters
@@ -62,7 +64,7 @@ class GateHead(nn.Module):
         h_BD
             State of each cell.
         offsets
-            A prior effect that is added to the logits of gate and values.
+            Log folds that are added to the logits of gate and values: of a context, of a prior effect.
         """
         with torch.autocast(h_BD.device.type, enabled=False):
             return GatedDistribution(self, h_BD.float(), offsets)
@@ -131,7 +133,7 @@ class GateHead(nn.Module):
 class GatedDistribution(CountDistribution):
     """The tree of one minibatch; its parts are computed when they are asked for."""
 
-    def __init__(self, head: GateHead, h_BD: Tensor, offsets: EffectOffsets | None = None) -> None:
+    def __init__(self, head: GateHead, h_BD: Tensor, offsets: Sequence[Offsets] = ()) -> None:
         self._head, self._h_BD, self._offsets = head, h_BD, offsets
         self._gate_BE = head.gate_query(h_BD)
 
@@ -139,9 +141,9 @@ class GatedDistribution(CountDistribution):
         """Logit of p(x_g > 0), B × G, float32."""
         with self._fp32():
             logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
-            if self._offsets is None:
-                return logits_BG
-            return logits_BG + self._offsets.amount_BA[:, :1] * self._offsets.gate_RG[self._offsets.place_B]
+            for offset in self._offsets:
+                logits_BG = logits_BG + offset.amount_BA[:, :1] * offset.gate_RG[offset.place_B]
+            return logits_BG
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`."""
@@ -169,42 +171,44 @@ class GatedDistribution(CountDistribution):
         """See :meth:`CountDistribution.log_mean`; the tail is looked at only where it has weight."""
         k = self._head.n_small_values
         p_MK = torch.softmax(self._small_logits(positions), -1)
-        mean_M = p_MK[:, :-1] @ count_V[1:k]
-        heavy = self._heavy(p_MK)
-        tail_T = torch.softmax(self._tail_logits(positions[heavy]), -1) @ count_V[k:]
+        heavy = torch.nonzero(p_MK[:, -1] > _LEAST_TAIL)[:, 0]
+        with self._fp32():
+            mean_M = p_MK[:, :-1] @ count_V[1:k]
+            tail_T = torch.softmax(self._tail_logits(positions[heavy]), -1) @ count_V[k:]
         mean_M = mean_M.index_add(0, heavy, p_MK[heavy, -1] * tail_T)
         return F.logsigmoid(self._gate_logits_at(positions)) + torch.log(mean_M.clamp_min(1e-30))
 
     def tilts(self, positions: Positions, log_shift_M: Tensor, count_V: Tensor) -> Tensor:
-        """See :meth:`CountDistribution.tilts`; 17 categories do where the tail has no weight."""
+        """See :meth:`CountDistribution.tilts`; 17 categories do where the tail has no weight, also when tilted."""
         k = self._head.n_small_values
-        small_MK = torch.log_softmax(self._small_logits(positions), -1)
-        gate_M1 = self._gate_logits_at(positions)[:, None]
-        short = torch.cat([F.logsigmoid(-gate_M1), F.logsigmoid(gate_M1) + small_MK], dim=1)
-        tilt_M = solve_tilt(short, count_V[: k + 1], log_shift_M)
-        heavy = self._heavy(small_MK.exp())
-        for some in heavy.split(_POSITIONS_AT_ONCE):
+        short_MK = self._short(positions)
+        tilt_M = solve_tilt(short_MK, count_V[: k + 1], log_shift_M)
+        for some in self._heavy(short_MK, tilt_M, count_V).split(_POSITIONS_AT_ONCE):
             tilt_M[some] = solve_tilt(self.log_probabilities(positions[some]), count_V, log_shift_M[some])
         return tilt_M
 
     def draw_tilted(self, positions: Positions, uniform_M2: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw_tilted`."""
         k = self._head.n_small_values
-        small_MK = torch.log_softmax(self._small_logits(positions), -1)
-        gate_M1 = self._gate_logits_at(positions)[:, None]
-        short = tilted(
-            torch.cat([F.logsigmoid(-gate_M1), F.logsigmoid(gate_M1) + small_MK], dim=1), tilt_M, count_V[: k + 1]
-        )
-        token_M = draw_tokens(short, uniform_M2)
-        again = torch.cat([self._heavy(small_MK.exp()), torch.nonzero(token_M >= k)[:, 0]]).unique()
+        short_MK = self._short(positions)
+        token_M = draw_tokens(tilted(short_MK, tilt_M, count_V[: k + 1]), uniform_M2)
+        again = torch.cat([self._heavy(short_MK, tilt_M, count_V), torch.nonzero(token_M >= k)[:, 0]]).unique()
         if len(again):
             token_M[again] = super().draw_tilted(positions[again], uniform_M2[again], tilt_M[again], count_V)
         return token_M
 
+    def _short(self, positions: Positions) -> Tensor:
+        """Log-probabilities of 0, 1, …, K - 1, "K or more", M × (K + 1)."""
+        small_MK = torch.log_softmax(self._small_logits(positions), -1)
+        gate_M1 = self._gate_logits_at(positions)[:, None]
+        return torch.cat([F.logsigmoid(-gate_M1), F.logsigmoid(gate_M1) + small_MK], dim=1)
+
     @staticmethod
-    def _heavy(p_MK: Tensor) -> Tensor:
-        """Positions whose tail has weight, as indices."""
-        return torch.nonzero(p_MK[:, -1] > _LEAST_TAIL)[:, 0]
+    def _heavy(short_MK: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
+        """Positions whose tail has weight before or after the tilt, given that the count is not 0; as indices."""
+        before_M = torch.softmax(short_MK[:, 1:], -1)[:, -1]
+        after_M = tilted(short_MK[:, 1:], tilt_M, count_V[1 : short_MK.shape[1]]).exp()[:, -1]
+        return torch.nonzero(torch.maximum(before_M, after_M) > _LEAST_TAIL)[:, 0]
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw`; values are drawn only for the genes that come out non-zero."""
@@ -232,10 +236,10 @@ class GatedDistribution(CountDistribution):
             return positions.of(self.gate_logits())
         codes_ME = self._head.gene_GE[positions.gene_M]
         logits_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
-        if self._offsets is None:
-            return logits_M
-        effect_M = self._offsets.gate_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
-        return logits_M + self._offsets.amount_BA[positions.cell_M, 0] * effect_M
+        for offset in self._offsets:
+            fold_M = offset.gate_RG[offset.place_B[positions.cell_M], positions.gene_M]
+            logits_M = logits_M + offset.amount_BA[positions.cell_M, 0] * fold_M
+        return logits_M
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
@@ -252,11 +256,13 @@ class GatedDistribution(CountDistribution):
             return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
 
     def _offset(self, positions: Positions, first: int) -> Tensor | float:
-        """What a prior effect adds to the statistics whose amounts begin at ``first``, M × J."""
-        if self._offsets is None:
-            return 0.0
-        effect_M = self._offsets.effect_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
-        return self._offsets.amount_BA[positions.cell_M, first : first + N_STATISTICS] * effect_M[:, None]
+        """What log folds add to the statistics whose amounts begin at ``first``, M × J."""
+        added_MJ: Tensor | float = 0.0
+        for offset in self._offsets:
+            fold_M = offset.fold_RG[offset.place_B[positions.cell_M], positions.gene_M]
+            amount_MJ = offset.amount_BA[positions.cell_M, first : first + N_STATISTICS]
+            added_MJ = added_MJ + amount_MJ * fold_M[:, None]
+        return added_MJ
 
     def _fp32(self) -> torch.autocast:
         """Keep out of an autocast around the caller, as the parts are computed when asked for."""

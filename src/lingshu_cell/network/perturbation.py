@@ -18,6 +18,7 @@ from lingshu_cell.network.conditions import Conditions, Profiles
 _N_DEPTH_FREQUENCIES = 5
 _RESIDUAL_DROPOUT = 0.2  # share of perturbations trained by their embedding alone, so that unseen ones are in range
 _MOST_GATE_WEIGHT = 3.0
+_LEAST_LOG_COUNT = 0.02  # mean log(1 + count) below which folds of a context are noise
 
 
 class PerturbationReader(nn.Module):
@@ -38,6 +39,11 @@ class PerturbationReader(nn.Module):
         """Start at the size of everything else that enters the trunk: smaller, perturbations are ignored for long."""
         self.residual_PD.normal_(0.0, 1.0 if self.embedding is None else 0.5, generator=generator)
 
+    @torch.no_grad()
+    def start_at_trained(self, trained_P: Tensor) -> None:
+        """Set r_p = 0 for perturbations that no training cell has, e.g. those kept for validation."""
+        self.residual_PD *= trained_P[:, None]
+
     def forward(self, conditions: Conditions) -> Tensor:
         """Give what the perturbations of each cell add to the trunk, B × D."""
         applied_BP = conditions.perturbation_BP
@@ -45,7 +51,8 @@ class PerturbationReader(nn.Module):
         residual_PD = self.residual_PD
         if self.embedding is not None and self.training:
             keep_P1 = torch.rand(n_known, 1, device=residual_PD.device) >= _RESIDUAL_DROPOUT
-            residual_PD = residual_PD * keep_P1
+            embedded_P1 = (conditions.embedding_PQ[:n_known] != 0).any(1, keepdim=True)
+            residual_PD = residual_PD * (keep_P1 | ~embedded_P1)  # control and others without one would say nothing
         h_BD = applied_BP[:, :n_known] @ residual_PD
         if conditions.dose_BP is not None:
             h_BD = h_BD + conditions.dose_BP[:, :n_known] @ self.dose_PD
@@ -54,13 +61,66 @@ class PerturbationReader(nn.Module):
         return h_BD
 
 
-class ContextReader(nn.Module):
-    """What an average control cell of the same identity shows, as evidence along the gene codes; NaN tells nothing."""
+@dataclass(frozen=True)
+class Offsets:
+    """What a profile adds to the head: amounts of the cells, and the profile's log fold of each gene.
 
-    def __init__(self, gene_width: int, width: int) -> None:
+    Attributes
+    ----------
+    amount_BA
+        For the gate, then for each statistic of small values and of the tail, how much of the fold a cell takes.
+    gate_RG, fold_RG
+        The log fold, weighted for the gate, and as it is.
+    place_B
+        Which of the R profiles is a cell's.
+    """
+
+    amount_BA: Tensor
+    gate_RG: Tensor
+    fold_RG: Tensor
+    place_B: Tensor
+
+
+class GeneOffsets(nn.Module):
+    """A log fold of each gene's mean, taken straight to its own distribution in learned amounts.
+
+    For a Poisson count of mean m the gate's logit moves by fold · m / (1 - e^-m); this is where the gate's weights
+    start. The network then starts as an additive model, and learns what is not additive.
+    """
+
+    def __init__(self, n_genes: int, width: int, n_statistics: int) -> None:
+        super().__init__()
+        self.gate_weight_G = nn.Parameter(torch.ones(n_genes))
+        self.amount = nn.Linear(width, 1 + 2 * n_statistics)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start with the whole fold at the gate and half of it on log counts."""
+        self.amount.weight.zero_()
+        self.amount.bias.zero_()
+        n_statistics = (len(self.amount.bias) - 1) // 2
+        self.amount.bias[0], self.amount.bias[1], self.amount.bias[1 + n_statistics] = 1.0, 0.5, 0.5
+
+    @torch.no_grad()
+    def start_at_means(self, mean_G: Tensor) -> None:
+        """Set the gate's weights from the genes' mean counts."""
+        self.gate_weight_G.copy_((mean_G / -torch.expm1(-mean_G.clamp_min(1e-4))).clamp(1.0, _MOST_GATE_WEIGHT))
+
+    def forward(self, fold_RG: Tensor, place_B: Tensor, h_BD: Tensor) -> Offsets:
+        """Give what the folds add to the head."""
+        return Offsets(self.amount(h_BD), fold_RG * self.gate_weight_G, fold_RG, place_B)
+
+
+class ContextReader(nn.Module):
+    """What an average control cell of the same identity shows: as evidence along the gene codes, and each gene's fold
+    against all cells straight to its own distribution. NaN tells nothing.
+    """
+
+    def __init__(self, n_genes: int, gene_width: int, width: int, n_statistics: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(2 * gene_width)
         self.into = nn.Linear(2 * gene_width, width)
+        self.offsets = GeneOffsets(n_genes, width, n_statistics)
 
     def forward(self, context: Profiles, codes_GE: Tensor, weights_2G: Tensor, expected_2G: Tensor) -> Tensor:
         """Give what the context of each cell adds to the trunk, B × D; 0 for a cell without one."""
@@ -72,54 +132,49 @@ class ContextReader(nn.Module):
         h_RD = self.into(self.norm(torch.cat(evidence, dim=1)))
         return h_RD[place_B] * context.known()[:, None]
 
+    def offset(self, context: Profiles, mean_log_G: Tensor, h_BD: Tensor) -> Offsets:
+        """Give what the context adds to the head: the fold of each gene's mean log count against all cells."""
+        profile_RJG, place_B = context.distinct()
+        fold_RG = torch.log((profile_RJG[:, 1] + _LEAST_LOG_COUNT) / (mean_log_G + _LEAST_LOG_COUNT)).nan_to_num()
+        present_R1 = (profile_RJG[:, 1].nan_to_num().sum(1, keepdim=True) > 0).float()  # row 0 is no profile
+        return self.offsets(fold_RG * present_R1, place_B, h_BD)
 
-@dataclass(frozen=True)
-class EffectOffsets:
-    """What a prior effect adds to the head: amounts of the cells, and the effect of each gene.
 
-    Attributes
-    ----------
-    amount_BA
-        For the gate, then for each statistic of small values and of the tail, how much of the effect a cell takes.
-    gate_RG, effect_RG
-        The effect, weighted for the gate, and as it is.
-    place_B
-        Which of the R effects is a cell's.
+class Response(nn.Module):
+    """State of a cell at rest, and what a perturbation adds to it: h + p + W_out (silu(W_push p) * W_state norm(h)).
+
+    The push p is added behind the trunk, and only a narrow product lets it depend on the state. It starts at 0: from a
+    random start, nothing would ever correct what it does to identities that were never perturbed in training.
     """
 
-    amount_BA: Tensor
-    gate_RG: Tensor
-    effect_RG: Tensor
-    place_B: Tensor
+    def __init__(self, width: int, rank: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.push = nn.Linear(width, rank, bias=False)
+        self.state = nn.Linear(width, rank, bias=False)
+        self.out = nn.Linear(rank, width, bias=False)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start additive."""
+        self.out.weight.zero_()
+
+    def forward(self, h_BD: Tensor, push_BD: Tensor) -> Tensor:
+        """Give the state under the perturbation, B × D; h itself where the push is 0."""
+        return h_BD + push_BD + self.out(nn.functional.silu(self.push(push_BD)) * self.state(self.norm(h_BD)))
 
 
 class EffectReader(nn.Module):
     """A prior effect Δ, the expected change of each gene's log mean: as evidence into the trunk, and straight to each
-    gene's own distribution, in learned amounts.
-
-    For a Poisson count of mean m the gate's logit moves by Δ · m / (1 - e^-m); this is where the gate's weights start.
+    gene's own distribution.
     """
 
     def __init__(self, n_genes: int, gene_width: int, width: int, n_statistics: int) -> None:
         super().__init__()
         self.weight_G = nn.Parameter(torch.ones(n_genes))
-        self.gate_weight_G = nn.Parameter(torch.ones(n_genes))
         self.norm = nn.RMSNorm(gene_width)
         self.into = nn.Linear(gene_width + 1, width)
-        self.amount = nn.Linear(width, 1 + 2 * n_statistics)
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Start with the whole effect at the gate and half of it on log counts."""
-        self.amount.weight.zero_()
-        self.amount.bias.zero_()
-        n_statistics = (len(self.amount.bias) - 1) // 2
-        self.amount.bias[0], self.amount.bias[1], self.amount.bias[1 + n_statistics] = 1.0, 0.5, 0.5
-
-    @torch.no_grad()
-    def start_at_means(self, mean_G: Tensor) -> None:
-        """Set the gate's weights from the genes' mean counts."""
-        self.gate_weight_G.copy_((mean_G / -torch.expm1(-mean_G.clamp_min(1e-4))).clamp(1.0, _MOST_GATE_WEIGHT))
+        self.offsets = GeneOffsets(n_genes, width, n_statistics)
 
     def forward(self, effect: Profiles, codes_GE: Tensor) -> Tensor:
         """Give what the effect of each cell adds to the trunk, B × D."""
@@ -129,11 +184,10 @@ class EffectReader(nn.Module):
         h_RD = self.into(torch.cat([self.norm(sum_RE), strength_R1], dim=1))
         return h_RD[place_B] * effect.known()[:, None]
 
-    def offsets(self, effect: Profiles, h_BD: Tensor) -> EffectOffsets:
+    def offset(self, effect: Profiles, h_BD: Tensor) -> Offsets:
         """Give what the effect adds to the head."""
         profile_RJG, place_B = effect.distinct()
-        effect_RG = profile_RJG[:, 0]
-        return EffectOffsets(self.amount(h_BD), effect_RG * self.gate_weight_G, effect_RG, place_B)
+        return self.offsets(profile_RJG[:, 0], place_B, h_BD)
 
 
 class DepthReader(nn.Module):

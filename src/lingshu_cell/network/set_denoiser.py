@@ -20,7 +20,7 @@ from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.distribution import CountDistribution, Denoiser, PartialCells, Positions
 from lingshu_cell.network.gate_head import N_STATISTICS, GateHead
 from lingshu_cell.network.layers import SwiGLU
-from lingshu_cell.network.perturbation import ContextReader, DepthReader, EffectReader, PerturbationReader
+from lingshu_cell.network.perturbation import ContextReader, DepthReader, EffectReader, PerturbationReader, Response
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 _N_FREQUENCIES = 8
@@ -116,7 +116,8 @@ class SetDenoiser(nn.Module, Denoiser):
         self.perturbation = (
             PerturbationReader(told.perturbations, told.embedding, width) if told.perturbations else None
         )
-        self.context = ContextReader(gene_width, width) if told.context else None
+        self.response = Response(width) if told.perturbations else None
+        self.context = ContextReader(n_genes, gene_width, width, N_STATISTICS) if told.context else None
         self.effect = EffectReader(n_genes, gene_width, width, N_STATISTICS) if told.effect else None
         self.depth = DepthReader(width) if told.depth else None
         self._initialise(generator)
@@ -151,28 +152,36 @@ class SetDenoiser(nn.Module, Denoiser):
         detected_BE, log_BE = evidence.detected_BE, evidence.log_BE
         feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
-        h_BD = h_BD + self.feature_in(feature_BF) + self._told(conditions)
+        h_BD = h_BD + self.feature_in(feature_BF) + self._at_rest(conditions)
         for block in self.blocks:
             h_BD = block(h_BD, feature_BF)
-        h_BD = self.norm(h_BD)
-        told_effect = self.effect is not None and conditions.effect is not None
-        return self.head(h_BD, self.effect.offsets(conditions.effect, h_BD) if told_effect else None)
-
-    def _told(self, conditions: Conditions) -> Tensor:
-        """What the conditions add to the trunk, B × D."""
-        h_BD = self.condition(conditions.category_BC + self.first_row_C).sum(1)
-        codes_GE = self.head.gene_GE
         if self.perturbation is not None and conditions.perturbation_BP is not None:
-            h_BD = h_BD + self.perturbation(conditions)
+            h_BD = self.response(h_BD, self._push(conditions))
+        h_BD = self.norm(h_BD)
+        offsets = []
+        if self.context is not None and conditions.context is not None:
+            offsets.append(self.context.offset(conditions.context, self.mean_log_G, h_BD))
+        if self.effect is not None and conditions.effect is not None:
+            offsets.append(self.effect.offset(conditions.effect, h_BD))
+        return self.head(h_BD, offsets)
+
+    def _at_rest(self, conditions: Conditions) -> Tensor:
+        """What the conditions say of a cell before anything is done to it: categories, context, library size; B × D."""
+        h_BD = self.condition(conditions.category_BC + self.first_row_C).sum(1)
         if self.context is not None and conditions.context is not None:
             weights_2G = torch.stack([self.detection_weight_G, self.log_weight_G])
             expected_2G = torch.stack([self.detection_G, self.mean_log_G])
-            h_BD = h_BD + self.context(conditions.context, codes_GE, weights_2G, expected_2G)
-        if self.effect is not None and conditions.effect is not None:
-            h_BD = h_BD + self.effect(conditions.effect, codes_GE)
+            h_BD = h_BD + self.context(conditions.context, self.head.gene_GE, weights_2G, expected_2G)
         if self.depth is not None and conditions.depth_B is not None:
             h_BD = h_BD + self.depth(conditions.depth_B)
         return h_BD
+
+    def _push(self, conditions: Conditions) -> Tensor:
+        """What is done to a cell: perturbations and their prior effect; B × D, 0 where unknown."""
+        push_BD = self.perturbation(conditions)
+        if self.effect is not None and conditions.effect is not None:
+            push_BD = push_BD + self.effect(conditions.effect, self.head.gene_GE)
+        return push_BD
 
     @torch.no_grad()
     def start_at_frequencies(self, token_counts_GV: Tensor) -> None:
@@ -184,8 +193,9 @@ class SetDenoiser(nn.Module, Denoiser):
         self.mean_log_G.copy_(frequency_GV @ torch.log1p(count_V))
         self.log_weight_G.copy_(torch.where(mean_G > 0.5, mean_G / 2, 0.0).clamp_max(_MOST_LOG_WEIGHT))
         self.head.start_at_frequencies(token_counts_GV)
-        if self.effect is not None:
-            self.effect.start_at_means(mean_G.float())
+        for reader in (self.context, self.effect):
+            if reader is not None:
+                reader.offsets.start_at_means(mean_G.float())
 
     def _features(self, n_visible_B: Tensor, total_B: Tensor, detected_BE: Tensor, log_BE: Tensor) -> Tensor:
         """How much is visible, the library size it suggests (both as Fourier features), and how strong the evidence
@@ -212,9 +222,12 @@ class SetDenoiser(nn.Module, Denoiser):
             block.start_as_identity()
         self.head.initialise(generator)
         if self.perturbation is not None:
-            self.perturbation.initialise(generator)
+            self.response.initialise()
+        for reader in (self.context, self.effect):
+            if reader is not None:
+                reader.offsets.initialise()
         if self.effect is not None:
-            self.effect.initialise()
+            self.effect.into.weight.zero_()
 
 
 class SummedCells(PartialCells):

@@ -1,0 +1,444 @@
+"""Responses to perturbations, foretold for conditions that were never trained, beside baselines and real cells.
+
+Each fold holds out conditions, trains ``small`` on the rest, generates the held-out conditions and controls, lets the
+package's baselines predict the same conditions from the same training cells, and judges all of them with
+``evaluate_responses``. Stages whose output is there are not repeated, so an interrupted benchmark goes on.
+
+    python benchmarks/responses.py kang --seeds 0 1 2
+    python benchmarks/responses.py papalexi
+    python benchmarks/responses.py gbm
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from data_sets import shared_file
+from recording import ROOT, Stopwatch, environment, markdown_table, run_in_child, say, write_result
+
+BASELINES = ("control_bootstrap", "perturbation_mean", "context_mean", "additive", "ridge", "nearest_neighbour")
+MEAN_BASELINE = "perturbation_mean"  # what the average score is measured from
+CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
+MOST_CELLS = 500  # of each condition
+STEPS = 32
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A data set with perturbations and how its conditions are held out.
+
+    Attributes
+    ----------
+    file
+        Name of the data set.
+    perturbation_key, control, identity_key
+        Its labels.
+    folds
+        ``"pairs"``: each identity's perturbed cells in turn; a number: so many folds of perturbations.
+    settings
+        What the training changes from the preset.
+    embeddings
+        Whether perturbations never trained are told by gene embeddings.
+    """
+
+    file: str
+    perturbation_key: str
+    control: str
+    identity_key: str | None
+    folds: str | int
+    settings: dict[str, Any] = field(default_factory=dict)
+    embeddings: bool = False
+
+
+SCREENS = {
+    "kang": Screen(
+        "kang_ifnb",
+        "perturbation",
+        "control",
+        "cell_type",
+        "pairs",
+        {"training.steps": 1600, "training.minibatch_size": 32, "training.balance": 0.5, "data.depth": True},
+    ),
+    "gbm": Screen(
+        "gbm_panobinostat_300g",
+        "condition",
+        "ctrl",
+        "donor",
+        "pairs",
+        {"training.steps": 1600, "training.minibatch_size": 32, "training.balance": 0.5, "data.depth": True},
+    ),
+    "papalexi": Screen(
+        "papalexi_eccite_299g",
+        "perturbation",
+        "control",
+        None,
+        5,
+        {"training.steps": 1600, "training.minibatch_size": 32, "training.balance": 0.5, "data.depth": True},
+        embeddings=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a variant changes: settings of training, and of generation (guidance_scale, steps, depth …)."""
+
+    training: dict[str, Any]
+    generation: dict[str, Any]
+
+
+def folds_of(screen: Screen, obs: pd.DataFrame) -> dict[str, dict[str, list]]:
+    """Name the folds and what each holds out: the ``held_out`` section of a split."""
+    labels = obs[screen.perturbation_key].astype(str)
+    if screen.folds == "pairs":
+        pairs = obs.assign(**{screen.perturbation_key: labels})[labels != screen.control]
+        pairs = pairs[[screen.identity_key, screen.perturbation_key]].astype(str).drop_duplicates()
+        return {identity: {"pairs": rows.to_dict("records")} for identity, rows in pairs.groupby(screen.identity_key)}
+    names = np.random.default_rng(0).permutation(sorted(set(labels) - {screen.control}))
+    return {
+        f"fold {k + 1}": {"perturbations": sorted(part.tolist())}
+        for k, part in enumerate(np.array_split(names, int(screen.folds)))
+    }
+
+
+def split_toml(screen: Screen, held_out: dict[str, list]) -> str:
+    """Write a split as TOML."""
+    lines = [f'perturbation_key = "{screen.perturbation_key}"', f'control = "{screen.control}"']
+    if screen.identity_key:
+        lines.append(f'identity_key = "{screen.identity_key}"')
+    lines.append("\n[held_out]")
+    for kind, entries in held_out.items():
+        items = [
+            json.dumps(entry) if isinstance(entry, str) else
+            "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in entry.items()) + "}"
+            for entry in entries
+        ]  # fmt: skip
+        lines.append(f"{kind} = [{', '.join(items)}]")
+    lines.append(
+        "\n[control_shares]  # responses are measured against control cells that no model has seen\ntest = 0.5"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def train_fold(screen: Screen, split: Path, run: Path, seed: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """Train on what the split leaves; seconds and the validation NELBO."""
+    from lingshu_cell.model import LingshuCell
+
+    watch = Stopwatch()
+    settings = {
+        "data.perturbation_key": screen.perturbation_key,
+        "data.control": screen.control,
+        "data.split": str(split),
+        "training.seed": seed,
+        **screen.settings,
+        **extra,
+    }
+    keys = [screen.identity_key] if screen.identity_key else None
+    model = LingshuCell.train(
+        shared_file(screen.file), out=run, settings=settings, condition_keys=keys, on_note=say, device="cpu"
+    )
+    info = model.info()
+    return {"train_seconds": watch.seconds(), "validation_nelbo": info["validation_nelbo_nats_per_cell"]}
+
+
+def generate_fold(
+    screen: Screen, run: Path, wanted: list[dict[str, Any]], out: Path, seed: int, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Generate the held-out conditions and the controls of their identities into one file."""
+    from lingshu_cell.generate import generate, load_model, steering_of
+
+    model, watch, parts = load_model(run), Stopwatch(), []
+    guidance = {key: value for key, value in extra.items() if key.startswith("guidance")}
+    steps = extra.get("steps", STEPS)
+    for i, condition in enumerate(wanted):
+        asked = {key: value for key, value in condition.items() if key != "n"}
+        is_control = asked[screen.perturbation_key] == screen.control
+        parts.append(
+            generate(
+                model,
+                condition["n"],
+                condition=asked,
+                steps=steps,
+                seed=1000 * seed + i,
+                depth=extra.get("depth"),
+                unseen="error" if is_control or not screen.embeddings else "embedding",
+                steering=steering_of(model, **({} if is_control else guidance)),
+            )
+        )
+    adata = ad.concat(parts, merge="same")
+    for key in (screen.identity_key, screen.perturbation_key):
+        if key:
+            adata.obs[key] = adata.obs[key].astype(str).astype("category")
+    adata.uns["lingshu_cell"] = parts[0].uns["lingshu_cell"]
+    adata.write_h5ad(out)
+    return {"generate_seconds": watch.seconds(), "generated_cells": adata.n_obs}
+
+
+def wanted_of(screen: Screen, test: pd.DataFrame) -> list[dict[str, Any]]:
+    """List the held-out conditions with the number of cells, and controls for their identities."""
+    keys = [key for key in (screen.identity_key, screen.perturbation_key) if key]
+    counts = test[test[screen.perturbation_key] != screen.control][keys].astype(str).value_counts().sort_index()
+    rows = [
+        dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True)) | {"n": min(int(n), MOST_CELLS)}
+        for key, n in counts.items()
+    ]
+    controls = {row.get(screen.identity_key): row for row in rows}
+    return rows + [{**row, screen.perturbation_key: screen.control, "n": CONTROLS} for row in controls.values()]
+
+
+def write_parts(screen: Screen, split: Path, fold: Path) -> pd.DataFrame:
+    """Write training and test cells of a fold; the test has the held-out conditions and unseen control cells of their
+    identities. Gives the labels of the test cells.
+    """
+    from lingshu_cell.data.split_files import read_split
+
+    cells = ad.read_h5ad(shared_file(screen.file))
+    part = read_split(split).assign(cells.obs)
+    test = cells[part == "test"]
+    if screen.identity_key:
+        perturbed = test.obs[screen.perturbation_key].astype(str) != screen.control
+        asked = set(test.obs[screen.identity_key].astype(str)[perturbed])
+        test = test[test.obs[screen.identity_key].astype(str).isin(asked)]
+    if not (fold / "test.h5ad").is_file():
+        cells[part == "train"].write_h5ad(fold / "train.h5ad")
+        test.write_h5ad(fold / "test.h5ad")
+    return test.obs
+
+
+def baseline_fold(screen: Screen, name: str, fold: Path, wanted: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Let a baseline of the package predict the held-out conditions from the training cells of the fold."""
+    from lingshu_cell.baselines import predict_baseline
+
+    watch = Stopwatch()
+    asked = [row for row in wanted if row[screen.perturbation_key] != screen.control]
+    adata = predict_baseline(
+        name,
+        fold / "train.h5ad",
+        asked,
+        perturbation_key=screen.perturbation_key,
+        control=screen.control,
+        identity_keys=[screen.identity_key] if screen.identity_key else [],
+        embeddings=embedding_table(screen, fold) if screen.embeddings else None,
+        seed=seed,
+    )
+    adata.write_h5ad(fold / name / f"seed-{seed}" / "predicted.h5ad")
+    return {"generate_seconds": watch.seconds(), "generated_cells": adata.n_obs}
+
+
+def embedding_table(screen: Screen, fold: Path) -> pd.DataFrame:
+    """Give the embeddings that the model has too, of every perturbation that has one."""
+    from lingshu_cell.data.gene_embeddings import read_embeddings
+
+    labels = sorted(set(ad.read_h5ad(shared_file(screen.file), backed="r").obs[screen.perturbation_key].astype(str)))
+    vectors, found = read_embeddings(embedding_file(screen)).rows(labels)
+    return pd.DataFrame(vectors[found], index=[label for label, there in zip(labels, found, strict=True) if there])
+
+
+def embedding_file(screen: Screen) -> Path:
+    """Where the embeddings of a screen are: made from gene sets and networks by ``lingshu embeddings``."""
+    return ROOT / "build" / "responses" / f"embeddings-{screen.file}.npz"
+
+
+def make_embeddings(screen: Screen) -> None:
+    """Make gene embeddings from what lies in ../shared/data/priors."""
+    import subprocess
+    import sys
+
+    file, priors = embedding_file(screen), shared_file(screen.file).parent / "priors"
+    if file.is_file():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sources = ["--from-gene-sets", priors / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"]
+    sources += ["--from-network", priors / "networks" / "string_interactome_human_symbols.tsv.gz"]
+    command = [sys.executable, "-m", "lingshu_cell.cli", "embeddings", *map(str, sources)]
+    subprocess.run([*command, "--out", str(file)], check=True)
+
+
+def judge(screen: Screen, root: Path, variant: str, seed: int, baseline: Path | None) -> dict[str, Any]:
+    """Judge the predictions of all folds together against all held-out conditions."""
+    from lingshu_cell.evaluate_responses import evaluate_responses
+
+    folds = sorted(path.parent for path in root.glob("*/split.toml"))
+    predicted = ad.concat(
+        [ad.read_h5ad(fold / variant / f"seed-{seed}" / "predicted.h5ad") for fold in folds], index_unique="-"
+    )
+    place = root / "judged" / f"{variant}-seed-{seed}"
+    place.parent.mkdir(exist_ok=True)
+    keys = [key for key in (screen.identity_key, screen.perturbation_key) if key]
+    tests = [ad.read_h5ad(fold / "test.h5ad") for fold in folds]
+    real = ad.concat(tests)
+    real = real[~real.obs_names.duplicated()].copy()
+    reference = ad.read_h5ad(folds[0] / "train.h5ad")  # its control cells are in the training part of every fold
+    reference = reference[reference.obs[screen.perturbation_key] == screen.control]
+    for cells in (real, predicted):
+        cells.obs = cells.obs[keys].astype(str)
+    watch = Stopwatch()
+    evaluate_responses(
+        real,
+        predicted,
+        place,
+        perturbation_key=screen.perturbation_key,
+        control=screen.control,
+        identity_key=screen.identity_key,
+        training=reference,
+        use_cell_eval2=screen.identity_key is None,
+        baseline=baseline,
+    )
+    return {"evaluate_seconds": watch.seconds()}
+
+
+def stages(screen: Screen, fold: Path, variant: str, seed: int, asked: Asked, until: str) -> None:
+    """Do what is not done yet for one variant of one fold."""
+    split, place = fold / "split.toml", fold / variant / f"seed-{seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    record = place / "cost.json"
+    cost = json.loads(record.read_text()) if record.is_file() else {}
+    wanted = wanted_of(screen, write_parts(screen, split, fold))
+    is_baseline = variant in BASELINES
+
+    def stage(name: str, function: Any, *arguments: Any) -> None:
+        if name not in cost:
+            say(f"{fold.name}, {variant}, seed {seed}: {name}")
+            cost.update(run_in_child(function, *arguments))
+            record.write_text(json.dumps(cost))
+
+    if is_baseline:
+        stage("generate_seconds", baseline_fold, screen, variant, fold, wanted, seed)
+    else:
+        stage("train_seconds", train_fold, screen, split, place / "run", seed, asked.training)
+        if until == "train":
+            return
+        stage(
+            "generate_seconds",
+            generate_fold,
+            screen,
+            place / "run",
+            wanted,
+            place / "predicted.h5ad",
+            seed,
+            asked.generation,
+        )
+
+
+COLUMNS = {
+    "average score": ("cell_eval", "average_score", "average"),
+    "Pearson-Δ": ("cell_eval", "mean", "pearson_delta"),
+    "DES": ("cell_eval", "mean", "overlap_at_N"),
+    "PDS": ("cell_eval", "mean", "discrimination_score_l1"),
+    "MAE": ("cell_eval", "mean", "mae"),
+    "Spearman LFC": ("cell_eval", "mean", "de_spearman_lfc_sig"),
+    "Spearman #DEG": ("cell_eval", "mean", "de_spearman_sig"),
+    "AUPRC": ("cell_eval", "mean", "pr_auc"),
+    "LFC slope": ("summary", "lfc_slope", "pooled"),
+    "energy distance ÷ effect": ("summary", "e_distance", "share_of_effect"),
+    "SD(log UMI) ratio": ("summary", "sd_log_umi_ratio", "mean"),
+    "false DE": ("summary", "false_de_rate", "mean"),
+}
+
+
+def cell_of(record: dict[str, Any], path: tuple[str, ...], ceiling: bool = False) -> float | None:
+    """Read a number of responses.json, or what real cells give in its place."""
+    *outer, last = path
+    if ceiling:
+        outer, last = (
+            ([outer[0], f"ceiling_{outer[1]}"], last) if outer[0] == "cell_eval" else (outer, f"ceiling_{last}")
+        )
+    value: Any = record
+    for key in (*outer, last):
+        value = (value or {}).get(key)
+    return value
+
+
+def write_table(name: str, screen: Screen, root: Path) -> None:
+    """Write the table of all variants that are judged: mean and standard deviation over seeds, and the ceiling."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    for folder in sorted((root / "judged").glob("*-seed-*")):
+        records.setdefault(folder.name.rsplit("-seed-", 1)[0], []).append(
+            json.loads((folder / "responses.json").read_text())
+        )
+    order = [v for v in records if v not in BASELINES] + [v for v in BASELINES if v in records]
+    rows, body = [], {}
+    for variant in order:
+        cells = [variant, len(records[variant])]
+        body[variant] = {}
+        for column, path in COLUMNS.items():
+            values = [v for v in (cell_of(record, path) for record in records[variant]) if v is not None]
+            body[variant][column] = values
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "–")
+        rows.append(cells)
+    first = records[order[0]][0]
+    real = [cell_of(first, path, ceiling=True) for path in COLUMNS.values()]
+    rows.append(["real cells (ceiling)", "", *("–" if value is None else f"{value:.3f}" for value in real)])
+    costs = [json.loads(path.read_text()) for path in root.glob("*/*/seed-*/cost.json")]
+    held_out = (
+        "each identity's perturbed cells in turn" if screen.folds == "pairs" else f"{screen.folds} folds of targets"
+    )
+    notes = [
+        f"Data: {screen.file}. Held out: {held_out}; and half of all control cells, which no model or baseline has "
+        "seen and which responses are measured against. Truth and prediction have different halves of those.",
+        f"Average score: mean over cell-eval's seven metrics of the gain over `{MEAN_BASELINE}`, which has 0. Spread: "
+        "standard deviation over seeds of training and generation.",
+        f"Training: `{json.dumps(screen.settings)}`; generation: {STEPS} steps, at most {MOST_CELLS} cells a condition,"
+        f" {CONTROLS} generated controls of each identity for the false-DE rate.",
+    ]
+    write_result(
+        f"responses-{name}",
+        "Responses of held-out conditions, foretold.",
+        environment(),
+        {"variants": body, "costs": costs, "evaluators": first["versions"]},
+        [markdown_table(["", "seeds", *COLUMNS], rows), "\n".join(f"- {note}" for note in notes)],
+    )
+
+
+def main() -> None:
+    """Run the folds of one data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("screen", choices=SCREENS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folds", nargs="+", help="names of folds; all when not given")
+    parser.add_argument(
+        "--variants", nargs="+", default=["ours"], help="ours, a name of your own with --set, baselines"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of the variant")
+    parser.add_argument("--until", choices=["train", "generate", "evaluate"], default="evaluate")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is there")
+    arguments = parser.parse_args()
+    screen = SCREENS[arguments.screen]
+    if screen.embeddings:
+        make_embeddings(screen)
+        screen.settings["data.embeddings"] = [str(embedding_file(screen))]
+    extra = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
+    asked = Asked(
+        training={key: value for key, value in extra.items() if "." in key},
+        generation={key: value for key, value in extra.items() if "." not in key},
+    )
+    obs = ad.read_h5ad(shared_file(screen.file), backed="r").obs
+    root = ROOT / "build" / "responses" / arguments.screen
+    for seed in [] if arguments.table else arguments.seeds:
+        for name, held_out in folds_of(screen, obs).items():
+            if arguments.folds and name not in arguments.folds:
+                continue
+            fold = root / name.replace(" ", "_").replace("+", "")
+            fold.mkdir(parents=True, exist_ok=True)
+            (fold / "split.toml").write_text(split_toml(screen, held_out), encoding="utf-8")
+            for variant in arguments.variants:
+                stages(screen, fold, variant, seed, asked, arguments.until)
+    if arguments.until != "evaluate":
+        return
+    for seed in [] if arguments.table else arguments.seeds:
+        for variant in arguments.variants:
+            if not (root / "judged" / f"{variant}-seed-{seed}").is_dir():
+                against = None if variant == MEAN_BASELINE else root / "judged" / f"{MEAN_BASELINE}-seed-0"
+                say(f"{arguments.screen}, {variant}, seed {seed}: judge")
+                run_in_child(judge, screen, root, variant, seed, against)
+    write_table(arguments.screen, screen, root)
+
+
+if __name__ == "__main__":
+    main()

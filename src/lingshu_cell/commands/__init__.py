@@ -1,0 +1,1 @@
+"""Commands of lingshu that have a file of their own."""

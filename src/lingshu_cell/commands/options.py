@@ -1,0 +1,38 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lingshu_cell.config import PRESETS, GenerationConfig
+
+EXIT_CODE_INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", help=f"{', '.join(PRESETS)}; small when not given.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings; lingshu config prints one.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated. See lingshu config."),
+]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that lingshu train wrote.")]
+
+
+def of_generation(setting: str) -> str:
+    """Describe a setting of generation in the words of config.py."""
+    return str(GenerationConfig.model_fields[setting].description)
+
+
+Steps = Annotated[
+    str | None, typer.Option(metavar="N|auto", help=f"{of_generation('steps')} The run's own when not given.")
+]
+MaxKl = Annotated[float | None, typer.Option(metavar="NATS", help=of_generation("max_kl"))]
+
+
+def read_steps(text: str | None) -> int | str | None:
+    """Read ``--steps``: a whole number, ``auto``, or nothing."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text

@@ -1,0 +1,23 @@
+"""The command ``lingshu report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lingshu_cell.commands.options import Json
+from lingshu_cell.console import give, give_json
+
+EXAMPLES = ("lingshu report judged",)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that lingshu evaluate wrote.")],
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    json: Json = False,
+) -> None:
+    """Make one HTML page of an evaluation, with pictures and how to read them; it opens offline."""
+    from lingshu_cell.report import write_report
+
+    page = write_report(directory, title=title)
+    give_json({"report": str(page)}) if json else give(str(page))

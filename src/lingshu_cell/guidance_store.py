@@ -1,0 +1,73 @@
+"""The guidance that a calibration found for a run, on disk beside its checkpoints."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lingshu_cell.errors import LingshuError
+
+GUIDANCE_NAME = "guidance.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which guidance makes predicted effects as strong as measured ones.
+
+    Attributes
+    ----------
+    scale, space
+        See ``config.GenerationConfig``.
+    checkpoint_step
+        Step of the checkpoint it was fitted for; another checkpoint does not use it.
+    scales, slopes
+        What was tried, and the pooled slope of predicted on measured log fold change under each.
+    conditions
+        The validation conditions.
+    data_fingerprint
+        sha256 of the validation cells.
+    """
+
+    scale: float
+    space: str
+    checkpoint_step: int
+    scales: tuple[float, ...]
+    slopes: tuple[float, ...]
+    conditions: tuple[str, ...]
+    data_fingerprint: str
+
+
+def save_calibration(run: Path, calibration: Calibration) -> Path:
+    """Write ``RUN/guidance.json``; the file appears when it is whole."""
+    file = run / GUIDANCE_NAME
+    beside = run / f".{GUIDANCE_NAME}.part"
+    beside.write_text(json.dumps(asdict(calibration), indent=1), encoding="utf-8")
+    os.replace(beside, file)
+    return file
+
+
+def load_calibration(run: Path, checkpoint_step: int) -> Calibration | None:
+    """Read the calibration of a run; ``None`` where there is none, or one of another checkpoint.
+
+    Raises
+    ------
+    LingshuError
+        If the file is not what :func:`save_calibration` wrote.
+    """
+    file = run / GUIDANCE_NAME
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values |= {name: tuple(values[name]) for name in ("scales", "slopes", "conditions")}
+        calibration = Calibration(**values)
+        scale_is_number = isinstance(calibration.scale, (int, float))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LingshuError(
+            "guidance.json must be as lingshu calibrate wrote it", f"{file}: {error}", "Delete it and calibrate again"
+        ) from None
+    if not scale_is_number:
+        raise LingshuError(
+            "guidance.json must be as lingshu calibrate wrote it", f"{file}: the scale is no number", "Calibrate again"
+        )
+    return calibration if calibration.checkpoint_step == checkpoint_step else None
