@@ -17,7 +17,7 @@ _PAGE_COLOURS = {
     "#2f6db3": "var(--real)",
     "#d9722b": "var(--generated)",
 }
-_INK, _LINE, _REAL, _GENERATED = _PAGE_COLOURS
+INK, _LINE, REAL, GENERATED = _PAGE_COLOURS
 _BACKDROP = "#8e97a6"
 # Rasterised dots cannot follow the page: tones that suit black and white.
 SIDE_COLOURS = {"real": "#4a86cc", "generated": "#e0803c"}
@@ -145,14 +145,14 @@ def histogram(real: np.ndarray, generated: np.ndarray, label: str, name: str) ->
     real, generated = np.maximum(real, 1), np.maximum(generated, 1)
     low, high = min(real.min(), generated.min()), max(real.max(), generated.max())
     bins = np.geomspace(low, max(high, low * 1.5), 41)
-    axes = _axes(label, "share of cells (%)")
-    for values, colour, filled in ((real, _REAL, True), (generated, _GENERATED, False)):
+    axes = new_axes(label, "share of cells (%)")
+    for values, colour, filled in ((real, REAL, True), (generated, GENERATED, False)):
         weights = np.full(len(values), 100 / len(values))
         style = {"histtype": "stepfilled", "alpha": 0.45} if filled else {"histtype": "step", "linewidth": 1.5}
         axes.hist(values, bins=bins, weights=weights, color=colour, **style)
         axes.axvline(float(np.median(values)), color=colour, linestyle=(0, (4, 3)), linewidth=1)
     _log_axis(axes, "x")
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def depth_scatter(cells: pd.DataFrame, name: str) -> str:
@@ -169,14 +169,14 @@ def depth_scatter(cells: pd.DataFrame, name: str) -> str:
     -------
     An ``<svg>`` element.
     """
-    axes = _axes("total counts per cell", "genes detected per cell")
+    axes = new_axes("total counts per cell", "genes detected per cell")
     columns = cells[["total_counts", "n_genes"]].clip(lower=1)
     _both_clouds(
         axes, *(columns[cells["source"] == side].to_numpy(float).T for side in SIDE_COLOURS), alpha=0.6, size=6
     )
     _log_axis(axes, "x")
     _log_axis(axes, "y")
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def mean_variance(genes: pd.DataFrame, name: str) -> str:
@@ -235,12 +235,12 @@ def gene_means(genes: pd.DataFrame, name: str) -> str:
     -------
     An ``<svg>`` element.
     """
-    axes = _axes("mean log expression, real", "mean log expression, generated")
+    axes = new_axes("mean log expression, real", "mean log expression, generated")
     real, generated = genes["mean_lognorm_real"], genes["mean_lognorm_generated"]
     axes.scatter(real, generated, s=7, c="#8d6cc9", alpha=0.45, linewidths=0, rasterized=True)
     top = float(max(real.max(), generated.max(), 1e-6))
-    axes.plot([0, top], [0, top], color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    return _svg(axes.figure, name)
+    axes.plot([0, top], [0, top], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    return to_svg(axes.figure, name)
 
 
 def curve(step: np.ndarray, value: np.ndarray, name: str) -> str:
@@ -257,17 +257,17 @@ def curve(step: np.ndarray, value: np.ndarray, name: str) -> str:
     -------
     An ``<svg>`` element.
     """
-    axes = _axes("optimiser step", name.lower())
+    axes = new_axes("optimiser step", name.lower())
     marker = "o" if len(value) <= 40 else None
-    axes.plot(step, value, color=_GENERATED, linewidth=1.3, marker=marker, markersize=3)
+    axes.plot(step, value, color=GENERATED, linewidth=1.3, marker=marker, markersize=3)
     low, high = np.quantile(value, [0, 0.99])  # the first steps of a run would flatten everything else
     margin = max((high - low) * 0.06, abs(high) * 1e-3, 1e-9)
     axes.set_ylim(low - margin, high + margin)
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def _against_mean(genes: pd.DataFrame, column: str, label: str, poisson: Callable, name: str, *, log_y: bool) -> str:
-    axes = _axes("mean count of the gene", label)
+    axes = new_axes("mean count of the gene", label)
     clouds = []
     for side in SIDE_COLOURS:
         mean, value = genes[f"mean_{side}"].to_numpy(float), genes[f"{column}_{side}"].to_numpy(float)
@@ -277,11 +277,11 @@ def _against_mean(genes: pd.DataFrame, column: str, label: str, poisson: Callabl
     means = np.concatenate([mean for mean, _ in clouds])
     if len(means):
         grid = np.geomspace(means.min(), means.max(), 100)
-        axes.plot(grid, poisson(grid), color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot(grid, poisson(grid), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     _log_axis(axes, "x")
     if log_y:
         _log_axis(axes, "y")
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def _both_clouds(axes, real: tuple, generated: tuple, *, alpha: float, size: float) -> None:
@@ -292,16 +292,16 @@ def _both_clouds(axes, real: tuple, generated: tuple, *, alpha: float, size: flo
     axes.scatter(x[order], y[order], s=size, c=colours[order], alpha=alpha, linewidths=0, rasterized=True)
 
 
-def _axes(x_label: str, y_label: str):
+def new_axes(x_label: str, y_label: str):
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=_SVG_SIZE_INCHES, layout="constrained").add_subplot()
-    axes.set_xlabel(x_label, color=_INK, fontsize=9)
-    axes.set_ylabel(y_label, color=_INK, fontsize=9)
-    axes.tick_params(colors=_INK, labelsize=8.5, width=0.6, length=3)
+    axes.set_xlabel(x_label, color=INK, fontsize=9)
+    axes.set_ylabel(y_label, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8.5, width=0.6, length=3)
     axes.tick_params(which="minor", length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=_INK, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set(color=INK, linewidth=0.6)
     axes.grid(color=_LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
@@ -355,7 +355,7 @@ def _png(figure) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _svg(figure, name: str) -> str:
+def to_svg(figure, name: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()

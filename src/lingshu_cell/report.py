@@ -1,8 +1,5 @@
 """Render the folder of an evaluation as one HTML page that opens offline."""
 
-import base64
-import hashlib
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,23 +11,29 @@ import pandas as pd
 from lingshu_cell import figures
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.evaluation_folder import GENE_PREFIX, SOURCES, Evaluation, read_evaluation
-from lingshu_cell.judgement import LEVELS, group_rows, judge, number, verdict
+from lingshu_cell.judgement import LEVELS, group_rows, judge, verdict
+from lingshu_cell.pages import flat_facts, save_page, template_environment
+from lingshu_cell.response_report import RESPONSES_NAME, render_responses
 
 REPORT_NAME = "report.html"
 _MOST_TYPES_IN_LEGEND = 24
 _OTHER_COLOUR = "#8e97a6"
 
 
-def write_report(directory: Path, *, title: str | None = None) -> Path:
+def write_report(directory: Path, *, title: str | None = None, baseline: Path | None = None) -> Path:
     """Render ``directory/report.html`` from the tables that ``lingshu evaluate`` wrote there.
+
+    A folder with ``responses.json`` gives the page of perturbation responses, any other the page of generated cells.
 
     Parameters
     ----------
     directory
         Folder with ``metrics.json``, ``facts.json``, ``cells.csv.gz``, ``genes.csv.gz``, ``proportions.csv`` and,
-        where a training history is wanted, ``history.csv``.
+        where a training history is wanted, ``history.csv``; or with ``responses.json`` and ``conditions.csv``.
     title
         Heading of the page; by default it names the generated file.
+    baseline
+        Only for responses: folder of the evaluation of a baseline on the same real cells, to be shown beside.
 
     Returns
     -------
@@ -39,16 +42,20 @@ def write_report(directory: Path, *, title: str | None = None) -> Path:
     Raises
     ------
     LingshuError
-        If the folder or one of its files is missing, unreadable or lacks a column.
+        If the folder or one of its files is missing, unreadable or lacks a column, or the baseline does not fit.
     """
     directory = Path(directory)
-    evaluation = read_evaluation(directory)
-    page = render_report(evaluation, title=title)
-    target = directory / REPORT_NAME
-    beside = directory / f".{REPORT_NAME}.part"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, target)
-    return target
+    if (directory / RESPONSES_NAME).is_file():
+        page = render_responses(directory, title=title, baseline=baseline)
+    elif baseline is not None:
+        raise LingshuError(
+            "A baseline can stand beside perturbation responses only",
+            f"{str(directory)!r} has no {RESPONSES_NAME}",
+            "Leave the baseline out, or evaluate with --perturbation-key",
+        )
+    else:
+        page = render_report(read_evaluation(directory), title=title)
+    return save_page(page, directory / REPORT_NAME)
 
 
 def render_report(evaluation: Evaluation, *, title: str | None = None) -> str:
@@ -65,24 +72,7 @@ def render_report(evaluation: Evaluation, *, title: str | None = None) -> str:
     -------
     HTML in which every name that a user could have chosen is escaped.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401  the pictures need it; say so before work is done
-    except ImportError as error:
-        raise LingshuError(
-            "A report needs jinja2 and matplotlib",
-            f"{error.name!r} is not installed",
-            'Install them with: pip install "lingshu-cell[evaluate]"',
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["script_hash"] = _script_hash
+    environment = template_environment()
     rows = judge(evaluation.metrics)
     source = _provenance(evaluation.facts)
     generation = {key: value for key, value in source.items() if key != "training"}  # its steps and cells are others
@@ -105,8 +95,8 @@ def render_report(evaluation: Evaluation, *, title: str | None = None) -> str:
         plots=_plots(evaluation),
         furthest=_furthest_genes(evaluation.genes),
         training=_training(evaluation.history),
-        provenance=_flat(source),
-        facts=_flat({k: v for k, v in evaluation.facts.items() if v is not source}),
+        provenance=flat_facts(source),
+        facts=flat_facts({k: v for k, v in evaluation.facts.items() if v is not source}),
         commands=_commands(evaluation, generation),
     )
 
@@ -228,22 +218,6 @@ def _provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
             if found:
                 return found
     return {}
-
-
-def _flat(content: object, prefix: str = "") -> list[tuple[str, str]]:
-    """Every leaf of nested facts as a pair of a dotted name and its text."""
-    if isinstance(content, Mapping):
-        return [
-            leaf for key, value in content.items() for leaf in _flat(value, f"{prefix} › {key}" if prefix else str(key))
-        ]
-    if isinstance(content, list):
-        content = ", ".join(str(item) for item in content)
-    return [(prefix, str(content) if prefix.endswith("seed") else number(content))]
-
-
-def _script_hash(script: str) -> str:
-    """Fingerprint of the page's one script for its content security policy: no other script may run."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(str(script).encode("utf-8")).digest()).decode("ascii")
 
 
 def _find(content: object, key: str) -> object:

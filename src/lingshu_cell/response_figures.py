@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lingshu_cell.figures import _GENERATED, _INK, _REAL, _axes, _svg
+from lingshu_cell.figures import GENERATED, INK, REAL, new_axes, to_svg
 from lingshu_cell.metrics.differential import SIGNIFICANT
 
 # Dots and letters that do not follow the page: tones that suit black and white.
 _UP, _DOWN, _NEITHER = "#d0573f", "#4a86cc", "#8e97a6"
-_PAPER = {"var(--ink-soft)": "#4a5361", "var(--line)": "#e3e2dc", "var(--real)": _REAL, "var(--generated)": _GENERATED}
+_PAPER = {"var(--ink-soft)": "#4a5361", "var(--line)": "#e3e2dc", "var(--real)": REAL, "var(--generated)": GENERATED}
 _LEAST_FDR = 1e-300
 _RING = "#5d6675"
 _MOST_BARS = 30
@@ -37,14 +37,14 @@ def volcano(table: pd.DataFrame, name: str, *, n_labels: int = 12) -> str:
     change = table["log2_fold_change"].to_numpy(float)
     height = -np.log10(np.maximum(table["fdr"].to_numpy(float), _LEAST_FDR))
     significant = table["fdr"].to_numpy(float) < SIGNIFICANT
-    axes = _axes("log2 fold change, perturbed / control", "−log10 FDR")
+    axes = new_axes("log2 fold change, perturbed / control", "−log10 FDR")
     axes.figure.set_size_inches(5.2, 3.9)
     colours = np.where(significant, np.where(change > 0, _UP, _DOWN), _NEITHER)
     drawn = (change != 0) | (height > 0)
     style = {"alpha": 0.6, "linewidths": 0, "rasterized": True}
     axes.scatter(change[drawn], height[drawn], s=np.where(significant, 11, 5)[drawn], c=colours[drawn], **style)
-    axes.axhline(-np.log10(SIGNIFICANT), color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.axvline(0, color=_INK, linewidth=0.6)
+    axes.axhline(-np.log10(SIGNIFICANT), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.axvline(0, color=INK, linewidth=0.6)
     widest = max(np.abs(change[drawn]).max(initial=0.0), 1.0) * 1.4
     axes.set_xlim(-widest, widest)
     axes.set_ylim(-0.02 * max(height.max(initial=0.0), 2.0), max(height.max(initial=0.0), 2.0) * 1.1)
@@ -53,7 +53,7 @@ def volcano(table: pd.DataFrame, name: str, *, n_labels: int = 12) -> str:
     sides = [[i for i in order if side * change[i] > 0][:3] for side in (1, -1)]  # three of each side at least
     chosen = list(dict.fromkeys([*sides[0], *sides[1], *order]))[:n_labels]
     _name_points(axes, change[chosen], height[chosen], table["gene"].astype(str).to_numpy()[chosen])
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def dot_plot(
@@ -83,7 +83,7 @@ def dot_plot(
 
     genes = list(genes) if genes is not None else top_genes(tables, n_genes)
     colours = LinearSegmentedColormap.from_list("change", [_DOWN, "#a9c3e0", "#c9c7c2", "#e6b3a6", _UP])
-    axes = _axes("", "")
+    axes = new_axes("", "")
     n_rows, n_columns = max(len(tables), 1), max(len(genes), 1)
     longest = max((len(label) for label in tables), default=0)
     width = max(0.27 * n_columns + 0.075 * longest + 1.5, 3.6)
@@ -107,7 +107,7 @@ def dot_plot(
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     _dot_keys(axes, colours, most, n_rows)
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def fold_changes(
@@ -136,24 +136,24 @@ def fold_changes(
     x, y = both["log2_fold_change"].to_numpy(float), both["log2_fold_change_predicted"].to_numpy(float)
     significant = both["fdr"].to_numpy(float) < SIGNIFICANT
     slope = calibration_slope(measured, predicted) if slope is None else slope
-    axes = _axes("measured log2 fold change", "predicted log2 fold change")
+    axes = new_axes("measured log2 fold change", "predicted log2 fold change")
     axes.figure.set_size_inches(4.3, 4.1)
     for chosen, colour, size in ((~significant, _NEITHER, 5), (significant, "#8d6cc9", 12)):
         axes.scatter(x[chosen], y[chosen], s=size, c=colour, alpha=0.55, linewidths=0, rasterized=True)
     widest = max(np.abs(np.concatenate([x, y])).max(initial=0.0), 1.0) * 1.08
-    axes.axhline(0, color=_INK, linewidth=0.5)
-    axes.axvline(0, color=_INK, linewidth=0.5)
-    axes.plot([-widest, widest], [-widest, widest], color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.axhline(0, color=INK, linewidth=0.5)
+    axes.axvline(0, color=INK, linewidth=0.5)
+    axes.plot([-widest, widest], [-widest, widest], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     if slope is not None and np.isfinite(slope):
         reach = widest / max(1.0, abs(slope))
-        axes.plot([-reach, reach], [-reach * slope, reach * slope], color=_GENERATED, linewidth=1.6)
-        text = {"transform": axes.transAxes, "va": "top", "fontsize": 9, "color": _GENERATED}
+        axes.plot([-reach, reach], [-reach * slope, reach * slope], color=GENERATED, linewidth=1.6)
+        text = {"transform": axes.transAxes, "va": "top", "fontsize": 9, "color": GENERATED}
         axes.text(0.03, 0.98, f"slope {slope:.2f}", **text)
     axes.set(xlim=(-widest, widest), ylim=(-widest, widest), aspect="equal")
     far = np.argsort(-np.abs(y - x) * significant)[:n_labels]
     far = far[significant[far]]
     _name_points(axes, x[far], y[far], both.index.to_numpy(str)[far])
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def calibration_slope(measured: pd.DataFrame, predicted: pd.DataFrame) -> float | None:
@@ -219,19 +219,19 @@ def ranked_conditions(
         half = _MOST_BARS // 2
         gap = pd.DataFrame({"label": [f"… {len(table) - _MOST_BARS} more …"], "value": [np.nan], "ceiling": [np.nan]})
         table = pd.concat([table.head(half), gap, table.tail(half)])
-    axes = _axes(label, "")
+    axes = new_axes(label, "")
     longest = max((len(text) for text in table["label"]), default=0)
     axes.figure.set_size_inches(3.6 + 0.075 * longest, 0.23 * max(len(table), 1) + 0.95)
     rows = np.arange(len(table))
-    axes.barh(rows, table["value"], height=0.62, color=_GENERATED, alpha=0.85)
-    axes.vlines(table["ceiling"], rows - 0.42, rows + 0.42, color=_REAL, linewidth=2.4)
-    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.barh(rows, table["value"], height=0.62, color=GENERATED, alpha=0.85)
+    axes.vlines(table["ceiling"], rows - 0.42, rows + 0.42, color=REAL, linewidth=2.4)
+    axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(rows, table["label"], fontsize=8.5)
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    return _svg(axes.figure, name)
+    return to_svg(axes.figure, name)
 
 
 def top_genes(tables: Mapping[str, pd.DataFrame], n_genes: int) -> list[str]:
@@ -313,13 +313,13 @@ def _dot_keys(axes, colours, most: float, n_rows: int) -> None:
 
     scale = ScalarMappable(Normalize(-most, most), colours)
     bar = axes.figure.colorbar(scale, ax=axes, shrink=min(1.0, 3.0 / (0.27 * n_rows + 1)), aspect=14, pad=0.01)
-    bar.set_label("log2 fold change", color=_INK, fontsize=8.5)
-    bar.ax.tick_params(colors=_INK, labelsize=8, length=2)
+    bar.set_label("log2 fold change", color=INK, fontsize=8.5)
+    bar.ax.tick_params(colors=INK, labelsize=8, length=2)
     bar.outline.set_visible(False)
     bar.set_ticks([-most, 0, most], labels=[f"≤ −{most:g}", "0", f"≥ {most:g}"])
     examples = [axes.scatter([], [], s=105 * share, c=_NEITHER, linewidths=0) for share in (0.1, 0.5, 1.0)]
     key = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": 3, "frameon": False, "fontsize": 8}
-    axes.legend(examples, ["10 %", "50 %", "100 % of cells"], labelcolor=_INK, handletextpad=0.2, **key)
+    axes.legend(examples, ["10 %", "50 %", "100 % of cells"], labelcolor=INK, handletextpad=0.2, **key)
 
 
 def _matched(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFrame:
@@ -353,8 +353,8 @@ def _name_points(axes, x: np.ndarray, y: np.ndarray, names: np.ndarray) -> None:
         for i, place in zip(rows, places, strict=True):
             moved = abs(place - y[i]) > 0.4 * step
             beside = x[i] + side * (0.06 if moved else 0.02) * (right - left)
-            line = {"arrowstyle": "-", "color": _INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1} if moved else None
+            line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1} if moved else None
             axes.annotate(
-                names[i], (x[i], y[i]), (beside, place), fontsize=8, fontstyle="italic", color=_INK, va="center",
+                names[i], (x[i], y[i]), (beside, place), fontsize=8, fontstyle="italic", color=INK, va="center",
                 ha="left" if side > 0 else "right", arrowprops=line, annotation_clip=False,
             )  # fmt: skip

@@ -163,12 +163,15 @@ def write_differential_figures(folder: Path) -> list[Path]:
     LingshuError
         If a table is missing or broken.
     """
+    import matplotlib
+
     folder = Path(folder)
     found = read_differential(folder)
     files = dict(zip(found.index["condition"], found.index["file"], strict=True))
-    pictures = {f"{Path(files[c]).stem}.volcano.svg": volcano(t, f"volcano {c}") for c, t in found.tables.items()}
-    if top_genes(found.tables, 1):
-        pictures["dot_plot.svg"] = dot_plot(strongest(found.tables), "dot plot of the most significant genes")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is no formula
+        pictures = {f"{Path(files[c]).stem}.volcano.svg": volcano(t, f"volcano {c}") for c, t in found.tables.items()}
+        if top_genes(found.tables, 1):
+            pictures["dot_plot.svg"] = dot_plot(strongest(found.tables), "dot plot of the most significant genes")
     for name, svg in pictures.items():
         (folder / name).write_text(standalone(svg), encoding="utf-8")
     return [folder / name for name in pictures]

@@ -51,6 +51,8 @@ def calibrate(
         device=pick_device(device),
         on_progress=say,
     )
+    if not min(found.slopes) <= 1 <= max(found.slopes):
+        say(f"no strength tried gives slope 1: {found.scale:g} is the nearest, and others may do better (--scales)")
     if json:
         give_json({"run": str(run), **asdict(found)})
     else:

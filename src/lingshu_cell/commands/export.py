@@ -51,8 +51,8 @@ def vcc2026(
 ) -> int:
     """Write predicted cells as a submission to the Virtual Cell Challenge 2026, and check it.
 
-    Genes are put in order, control cells are left out, and every rule of the challenge is checked. Memory does not grow
-    with the number of cells. Exit code 2 if a rule fails.
+    Genes are put in order, control cells are left out, and every rule of the challenge is checked. Counts pass block by
+    block; only labels are held in memory. Exit code 2 if a rule fails.
     """
     from lingshu_cell.check_vcc2026 import read_gene_list, read_panel, validate_vcc2026
     from lingshu_cell.export_vcc2026 import write_vcc2026
