@@ -472,6 +472,7 @@ class H5adWriter:
                 )
             with _writing(self.path):
                 self._file["X"].attrs["shape"] = np.array([self.n_written, len(self._var)], dtype=np.int64)
+                _narrow_pointers(self._file["X"])
                 write_elem(self._file, "obs", _categorical(pd.concat(self._obs)))
                 write_elem(self._file, "var", self._var)
                 write_elem(self._file, "uns", dict(uns or {}))
@@ -543,6 +544,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise LingshuError(
             "The output must be writable", f"{path}: {error}", "Check the rights and the space on the disk"
         ) from error
+
+
+def _narrow_pointers(group: h5py.Group) -> None:
+    """Give row pointers the type of the gene numbers where they fit: scipy changes no mixture of both in place."""
+    pointers = group["indptr"][:]
+    if pointers[-1] < 2**31:
+        del group["indptr"]
+        group.create_dataset("indptr", data=pointers.astype(np.int32), compression="gzip", shuffle=True)
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
