@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lingshu_cell.errors import LingshuError, offenders
 
@@ -131,7 +132,8 @@ def standardise_doses(doses: np.ndarray, is_control: np.ndarray) -> tuple[np.nda
         If a perturbed cell has no dose, or one that is not above 0.
     """
     log_dose = check_log_doses(doses[~is_control])
-    mean, sd = float(log_dose.mean()), float(max(log_dose.std(), 1e-6))
+    mean, sd = float(log_dose.mean()), float(log_dose.std())
+    sd = sd if sd > 1e-6 else 1.0  # one dose for all
     standardised = np.zeros(len(doses), dtype=np.float32)
     standardised[~is_control] = (log_dose - mean) / sd
     return standardised, mean, sd
@@ -139,10 +141,7 @@ def standardise_doses(doses: np.ndarray, is_control: np.ndarray) -> tuple[np.nda
 
 def check_log_doses(doses: np.ndarray) -> np.ndarray:
     """Give the logarithm of doses, refusing what is not a finite number above 0."""
-    try:
-        values = np.asarray(doses, dtype=np.float64)
-    except (TypeError, ValueError):
-        values = np.full(len(doses), np.nan)
+    values = pd.to_numeric(pd.Series(np.asarray(doses)), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     wrong = ~(np.isfinite(values) & (values > 0))
     if wrong.any():
         raise LingshuError(

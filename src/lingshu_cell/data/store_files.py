@@ -1,0 +1,79 @@
+"""The files of a training store: their names, the manifest, checksums, and what is said when one is damaged."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lingshu_cell.errors import LingshuError, offenders
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WORK = ".work"
+"""Folder of an unfinished store."""
+
+_FILE = re.compile(r"(shards/shard-\d{6}\.h5ad|arrays/[a-z0-9_]{1,40}\.npy)")
+_MOST_MANIFEST_BYTES = 1 << 28
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check ``manifest.json``, nothing else.
+
+    Raises
+    ------
+    LingshuError
+        If there is none, or it is damaged or of another format.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        begun = (path / WORK).is_dir()
+        raise LingshuError(
+            "A store must be finished" if begun else "A store must hold manifest.json",
+            f"{path} is {'not: lingshu prepare was interrupted' if begun else 'no store'}",
+            "Give the same command again, it goes on where it stopped" if begun else "Make one with lingshu prepare",
+        )
+    try:
+        if file.stat().st_size > _MOST_MANIFEST_BYTES:
+            raise damaged(path, "manifest.json is too large")
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise damaged(path, f"manifest.json: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise damaged(path, "manifest.json is no manifest")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise LingshuError(
+            f"The store must have format version {FORMAT_VERSION}",
+            f"{path} has {manifest.get('format_version')!r}",
+            "Install the version of lingshu-cell that wrote it, or prepare it again",
+        )
+    if manifest.get("checksum") != checksum(manifest):
+        raise damaged(path, "manifest.json does not match its checksum")
+    if strange := [name for name in manifest["files"] if not _FILE.fullmatch(name)]:
+        raise damaged(path, f"manifest.json names {offenders(strange)}")
+    return manifest
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """Give the sha256 of a manifest without its own ``checksum``."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """Give the sha256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shard_file(number: int) -> str:
+    """Name the file of a shard within its store."""
+    return f"shards/shard-{number:06d}.h5ad"
+
+
+def damaged(path: Path, finding: str) -> LingshuError:
+    """Say that a store is not whole."""
+    return LingshuError(
+        "A store must be whole", f"{path}: {finding}", "Copy it again from where it came, or prepare it again"
+    )
