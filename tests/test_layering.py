@@ -9,27 +9,54 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
-ROWS = (  # from the bottom up
-    "errors tokens datasets data network diffusion metrics",
-    "config",
-    "data.counts data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.randomness diffusion.schedule "
-    "network.distribution network.layers",
-    "data.anndata_io diffusion.information diffusion.loss diffusion.sampler network.compression network.gate_head",
-    "data.training_set diffusion.plan network.set_denoiser network.transformer_denoiser",
-    "network.denoiser",
-    "checkpoint ema history evaluation_folder figures judgement metrics.catalogue metrics.cell_types metrics.clock "
-    "metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.folder metrics.genes metrics.inputs "
-    "metrics.memorisation metrics.two_sample",
-    "curve_store",
-    "evaluate generate report run_config train",
-    "aligned_cells",
-    "console demo model schedule",
+ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
+    "commands data data.effect_regression datasets diffusion diffusion.randomness ema errors figures judgement "
+    "metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding "
+    "metrics.genes metrics.memorisation metrics.responses metrics.two_sample network network.conditions "
+    "network.layers network.tilting tokens",
+    "checkpoint config data.condition_labels data.count_blocks data.counts data.effects data.gene_embeddings "
+    "data.gene_sets data.gene_tables data.labels data.perturbations data.quality data.splits data.store_files "
+    "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder guidance_store history "
+    "metrics.catalogue metrics.cell_eval metrics.cell_eval2 metrics.folder network.distribution "
+    "network.perturbation pages response_judgement",
+    "commands.options data.anndata_io data.condition_splits data.de_tables data.embedding_sources data.gene_doctor "
+    "data.prior_effects data.shards data.store_writer diffusion.information diffusion.loss diffusion.sampler "
+    "diffusion.tilt network.compression network.gate_head",
+    "check_vcc2026 curve_store data.sources data.split_files data.store diffusion.guidance diffusion.plan "
+    "diffusion.priors metrics.differential metrics.inputs network.set_denoiser network.transformer_denoiser "
+    "perturbation_effects response_samples run_config",
+    "baselines data.loader data.scan data.training_set evaluate export_vcc2026 network.denoiser response_figures "
+    "response_libraries",
+    "conditioning data.store_builder evaluate_responses response_section",
+    "prepare request response_report train",
+    "console generate report",
+    "aligned_cells calibrate commands.baseline commands.config commands.de commands.embeddings commands.export "
+    "commands.generate commands.genes commands.prepare commands.report commands.split commands.train demo",
+    "commands.calibrate commands.demo model schedule",
     "",  # the package itself, lingshu_cell/__init__.py
+    "commands.evaluate commands.info commands.schedule",
     "cli",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()} | {"": ROWS.index("")}
 PURE = ("diffusion", "network")
-JUDGES = ("evaluate", "evaluation_folder", "figures", "judgement", "metrics", "report")
+JUDGES = (
+    "evaluate",
+    "evaluate_responses",
+    "response_libraries",
+    "response_samples",
+    "evaluation_folder",
+    "baselines",
+    "figures",
+    "judgement",
+    "metrics",
+    "pages",
+    "perturbation_effects",
+    "report",
+    "response_figures",
+    "response_judgement",
+    "response_report",
+    "response_section",
+)
 
 
 def modules() -> dict[str, Path]:
