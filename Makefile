@@ -63,6 +63,14 @@ bench: $(STAMP)
 	$(BENCH)/paper_step.py
 	$(BENCH)/steps_front.py $(PBMC)/small/run $(PBMC)/heldout.h5ad $(PBMC)/train.h5ad
 	$(BENCH)/demo_time.py
+	$(BENCH)/compare_parts.py heads
+	$(BENCH)/compare_parts.py encoders
+	$(BENCH)/compare_parts.py economy
+	$(BENCH)/loader.py
+	$(BENCH)/export_vcc2026.py --cells 20000 360000 --pool 12 1
+	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm papalexi; do \
+	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \
+	else echo "kang_ifnb is not here: left out"; fi
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu

@@ -85,8 +85,8 @@ def resolve_request(
     dose
         Dose of the perturbation in the unit of training.
     depth
-        UMI per cell (of the modelled genes); ``"model"`` draws it from training cells of these conditions, the default of
-        a model trained with depth; ``"open"`` leaves it to the network.
+        UMI per cell (of the modelled genes); ``"model"`` draws it from training cells of these conditions, the default
+        of a model trained with depth; ``"open"`` leaves it to the network.
     context
         Control cells of the identity wanted: an AnnData, file or URL. Identity labels may then be left out.
     unseen
@@ -242,10 +242,12 @@ def _with_effects(
         if tuple(row.tolist()) in known or not conditioner.is_perturbed(row[None])[0]:
             continue
         predicted = conditioner.predict_effect(row, profile)
+        if not predicted.found:
+            notes.append("no effect to expect: neither other identities nor embeddings tell of it")
+            continue
         notes.append(f"expected effect from {predicted.source}; confidence {predicted.confidence:.2f}")
-        if predicted.found:
-            effects.append(predicted.delta)
-            added.append(row)
+        effects.append(predicted.delta)
+        added.append(row)
     if not added:
         return conditioner
     extended = EffectTable(

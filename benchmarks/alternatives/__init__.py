@@ -1,0 +1,1 @@
+"""Heads, encoders and optimisers that were tried against the product's: benchmark code, not product."""

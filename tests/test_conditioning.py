@@ -1,0 +1,387 @@
+"""Labels become what a denoiser is told, from training cells alone, and a saved conditioner is the same one."""
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from conftest import real_cells, tiny_config
+
+from lingshu_cell.conditioning import (
+    Conditioner,
+    ContextTable,
+    DepthTable,
+    EffectTable,
+    average_profile,
+    build_conditioner,
+    build_contexts,
+    build_depths,
+    standard_doses,
+)
+from lingshu_cell.config import Config
+from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
+from lingshu_cell.data.training_set import TrainingSet, assemble
+from lingshu_cell.data.vocabulary import ConditionVocabulary
+from lingshu_cell.errors import LingshuError
+
+SPLIT = """
+perturbation_key = "drug"
+control = "none"
+identity_key = "line"
+allow_in_combinations = true
+[held_out]
+pairs = [{ line = "L2", drug = "P" }]
+identities = ["L3"]
+controls = "held out"
+"""
+DATA = {
+    "condition_keys": ["line"], "perturbation_key": "drug", "control": "none", "dose_key": "dose", "depth": True,
+    "min_cells_per_gene": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def screen() -> ad.AnnData:
+    """300 real cells × 120 genes, called a screen of four lines with P, Q, Q+P and none."""
+    cells, rng = real_cells(300, 120), np.random.default_rng(0)
+    cells.obs["line"] = rng.choice(["L1", "L2", "L3", "L4"], 300)
+    cells.obs["drug"] = rng.choice(["none", "P", "Q", "Q+P"], 300, p=[0.4, 0.2, 0.2, 0.2])
+    cells.obs["dose"] = np.where(cells.obs["drug"] == "none", np.nan, rng.choice([1.0, 100.0], 300))
+    return cells
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("embeddings") / "drugs.npz"
+    vectors = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    write_embeddings(GeneEmbeddings.of(["P", "Q", "R", "S"], vectors, "a test"), path)
+    return path
+
+
+def both(screen: ad.AnnData, **data) -> tuple[TrainingSet, Conditioner, Config]:
+    config = tiny_config(data={**DATA, **data})
+    cells = assemble([read_counts(screen, None, ["line", "drug"])], **config.data.assembly())
+    return cells, build_conditioner(cells, config), config
+
+
+@pytest.fixture(scope="module")
+def built(screen, embeddings) -> tuple[TrainingSet, Conditioner]:
+    return both(screen, embeddings=[str(embeddings)])[:2]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("split") / "split.toml"
+    path.write_text(SPLIT, encoding="utf-8")
+    return str(path)
+
+
+def test_the_perturbation_field_becomes_what_was_applied(built):
+    cells, conditioner = built
+    told = conditioner.conditions(cells.condition_NC, dose_N=standard_doses(cells, conditioner))
+    labels = cells.conditions.decode(cells.condition_NC)["drug"].astype(str)
+    assert conditioner.perturbations.names == ("none", "P", "Q")
+    expected = {"none": [1, 0, 0], "P": [0, 1, 0], "Q": [0, 0, 1], "Q+P": [0, 1, 1]}
+    np.testing.assert_array_equal(told.perturbation_BP, [expected[label] for label in labels])
+    assert told.category_BC.shape == (300, 1)
+    np.testing.assert_array_equal(told.category_BC[:, 0], cells.condition_NC[:, 0])
+    assert (told.dose_BP[torch.from_numpy((labels == "none").to_numpy())] == 0).all()
+    assert (told.dose_BP[:, 0] == 0).all()
+    assert told.depth_B.isnan().all()
+    sizes = conditioner.sizes
+    assert (sizes.categories, sizes.perturbations, sizes.embedding) == ((5,), 3, 5)
+    np.testing.assert_array_equal(told.embedding_PQ[0], np.zeros(5))
+    assert conditioner.is_perturbed(cells.condition_NC).tolist() == (labels != "none").tolist()
+
+
+def test_unknown_labels_are_told_as_nothing(built):
+    _, conditioner = built
+    told = conditioner.conditions(np.zeros((2, 2), dtype=np.int64), dose_N=np.ones(2))
+    for part in (told.category_BC, told.perturbation_BP, told.dose_BP, told.context.row_B, told.effect.row_B):
+        assert (part == 0).all()
+    assert not conditioner.is_perturbed(np.zeros((2, 2), dtype=np.int64)).any()
+
+
+def test_as_control_changes_the_perturbation_alone(built):
+    cells, conditioner = built
+    control_NC = conditioner.as_control(cells.condition_NC)
+    assert not conditioner.is_perturbed(control_NC).any()
+    np.testing.assert_array_equal(control_NC[:, 0], cells.condition_NC[:, 0])
+    assert (conditioner.conditions(control_NC).effect.row_B == 0).all()
+
+
+def test_contexts_are_of_training_controls_of_the_same_identity_alone(screen, split):
+    """Held-out cells and cells for validation do not enter; nor does any perturbed cell."""
+    cells, conditioner, _ = both(screen, split=split, validation_fraction=0.3)
+    counts = cells.counts().toarray()
+    labels = cells.conditions.decode(cells.condition_NC).astype(str)
+    train = np.isin(np.arange(len(labels)), cells.train)
+    assert not (labels["line"] == "L3").any()
+    assert not ((labels["line"] == "L2") & (labels["drug"] == "P")).any()
+    assert "L3" not in cells.conditions.fields["line"]
+    assert set(cells.conditions.fields["drug"]) == {"none", "P", "Q", "Q+P"}
+    told = conditioner.conditions(cells.condition_NC)
+    for line in ("L1", "L2", "L4"):
+        chosen = counts[train & (labels["line"] == line) & (labels["drug"] == "none")]
+        here = np.flatnonzero(labels["line"] == line)
+        profile = told.context.table_KJG[told.context.row_B[here[0]]]
+        assert (told.context.row_B[here] == told.context.row_B[here[0]]).all(), "the same whatever was done to a cell"
+        np.testing.assert_allclose(profile[0], (chosen > 0).mean(0), rtol=1e-5)
+        np.testing.assert_allclose(profile[1], np.log1p(chosen).mean(0), rtol=1e-5)
+
+
+def test_counts_of_cells_not_trained_on_change_nothing_of_the_conditioner(screen, split, embeddings):
+    """Other counts in validation cells and in held-out cells: every table is the same to the bit."""
+    cells, conditioner, _ = both(screen, split=split, embeddings=[str(embeddings)], validation_fraction=0.3)
+    kept = set(read_counts(screen).obs_names[part_of(screen, split)][cells.train])
+    other = screen.copy()
+    spoilt = ~other.obs_names.isin(kept)
+    dense = other.X.toarray()
+    dense[spoilt] = np.random.default_rng(1).permutation(dense[spoilt].ravel()).reshape(dense[spoilt].shape)
+    other.X = dense
+    again = both(other, split=split, embeddings=[str(embeddings)], validation_fraction=0.3)[1]
+    one, two = conditioner.to_tensors(), again.to_tensors()
+    assert spoilt.sum() > 60
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def part_of(screen: ad.AnnData, split: str) -> np.ndarray:
+    from lingshu_cell.data.split_files import read_split
+
+    return read_split(split).assign(screen.obs) != "test"
+
+
+def test_a_capped_control_is_context_but_not_trained_on(screen):
+    cells, conditioner, _ = both(screen, control_share=0.1, validation_fraction=0.0)
+    controls = np.flatnonzero(~conditioner.is_perturbed(cells.condition_NC))
+    trained = np.intersect1d(controls, cells.train)
+    n_perturbed = 300 - len(controls)
+    assert len(trained) == int(0.1 / 0.9 * n_perturbed)
+    assert len(trained) / len(cells.train) <= 0.1
+    np.testing.assert_array_equal(np.flatnonzero(cells.context_cells), controls)
+    assert any(f"{len(trained)} of {len(controls)} control cells are trained on" in note for note in cells.notes)
+    again = both(screen, control_share=0.1, validation_fraction=0.0)[0]
+    np.testing.assert_array_equal(again.train, cells.train)
+    everything = both(screen, control_share=1.0, validation_fraction=0.0)[0]
+    assert len(everything.train) == 300
+
+
+def test_random_contexts_are_of_parts_of_the_controls_and_come_from_the_generator(built):
+    identity_NC = np.array([[1, 0]] * 120 + [[2, 0]] * 180)
+    counts = built[0].counts()
+    table = build_contexts(counts, identity_NC, seed=0)
+    rows = [table.rows(identity_NC, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert (rows[0] != rows[2]).any()
+    for identity, first, n in zip(table.identity_IC, table.first_I, table.n_I, strict=True):
+        mine = (identity_NC == identity).all(1)
+        assert ((rows[2][mine] >= first) & (rows[2][mine] < first + n)).all()
+        assert len(np.unique(rows[2][mine])) == n == 17
+        whole, parts = table.profile_KJG[first], table.profile_KJG[first + 1 : first + n]
+        np.testing.assert_array_equal(whole, average_profile(counts[mine]))
+        assert (np.abs(parts - whole).mean((1, 2)) > 0).sum() > 5
+        assert np.abs(parts.mean(0) - whole).max() < 0.1
+    again = build_contexts(counts, identity_NC, seed=0)
+    np.testing.assert_array_equal(again.profile_KJG, table.profile_KJG)
+
+
+def test_identities_of_fewer_than_8_controls_have_no_context(built):
+    counts = built[0].counts()[:20]
+    table = build_contexts(counts, np.array([[1, 0]] * 13 + [[2, 0]] * 7), seed=0)
+    assert table.identity_IC.tolist() == [[1, 0]]
+    assert table.rows(np.array([[1, 0], [2, 0], [3, 0]]), None).tolist() == [1, 0, 0]
+    none = build_contexts(counts, np.arange(40).reshape(20, 2), seed=0)
+    assert none.rows(np.array([[0, 1], [2, 3]]), np.random.default_rng(0)).tolist() == [0, 0]
+
+
+def test_average_profile_is_the_share_that_detects_and_the_mean_log_count(built):
+    counts = built[0].counts()[:50]
+    dense = counts.toarray()
+    profile = average_profile(counts)
+    assert profile.dtype == np.float32
+    np.testing.assert_allclose(profile[0], (dense > 0).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(profile[1], np.log1p(dense).mean(0), rtol=1e-5)
+
+
+def test_every_perturbed_condition_has_its_own_effect_and_controls_have_none(built):
+    cells, conditioner = built
+    rows, _ = cells.condition_frequencies()
+    place = conditioner.effects.rows(rows)
+    perturbed = conditioner.is_perturbed(rows)
+    assert (place[perturbed] > 0).all(), "Q+P too, however its parts are ordered"
+    assert len(np.unique(place[perturbed])) == perturbed.sum()
+    assert (place[~perturbed] == 0).all()
+    assert (conditioner.effects.effect_KG[0] == 0).all()
+    for row, k in zip(rows[perturbed], place[perturbed], strict=True):
+        foretold = conditioner.predict_effect(row)
+        np.testing.assert_array_equal(conditioner.effects.effect_KG[k], foretold.delta)
+
+
+def test_an_effect_is_never_foretold_from_the_cells_of_its_own_condition(screen):
+    """Its other counts change what is measured there, and not what is foretold there."""
+    other, mine = screen.copy(), (screen.obs["line"] == "L1") & (screen.obs["drug"] == "P")
+    dense = other.X.toarray()
+    dense[mine] = np.random.default_rng(1).permuted(dense[mine], axis=1)
+    other.X = dense
+    deltas, others = [], []
+    for data in (screen, other):
+        cells, conditioner, _ = both(data, validation_fraction=0.0, min_cells_per_gene=0)
+        rows = cells.conditions.encode({"line": ["L1", "L2"], "drug": ["P", "P"]}, 2)
+        deltas.append(conditioner.effects.effect_KG[conditioner.effects.rows(rows)])
+        others.append(conditioner.prior.sharpness)
+    assert others[0] == others[1]
+    np.testing.assert_array_equal(deltas[0][0], deltas[1][0])
+    assert np.abs(deltas[0][1] - deltas[1][1]).max() > 0.01
+
+
+def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
+    library = np.concatenate([np.arange(1000, 1100), np.arange(5000, 5100), np.arange(200, 220)])
+    condition_NC = np.array([[1, 1]] * 100 + [[1, 2]] * 100 + [[2, 1]] * 20)
+    table = build_depths(library, condition_NC)
+    uniform = np.linspace(0, 1, 101)
+
+    def draw(row, field=1):
+        return np.exp(table.draw(np.tile(row, (101, 1)), uniform, field))
+
+    np.testing.assert_allclose(draw([1, 1])[[0, 50, 100]], [1000, 1049.5, 1099], rtol=1e-3)
+    np.testing.assert_allclose(draw([2, 1])[[0, 100]], [200, 219], rtol=1e-6)
+    np.testing.assert_allclose(draw([2, 2]), draw([2, 1]), err_msg="as the rows of the same identity")
+    between = draw([1, 3])
+    assert (between > 1099).all()
+    assert (between < 5000).all()
+    np.testing.assert_allclose(draw([7, 7]), np.exp(np.mean([np.log(draw(r)) for r in ([1, 1], [1, 2], [2, 1])], 0)))
+
+
+def test_doses_are_standardised_by_training_cells_and_given_to_what_was_applied(built):
+    cells, conditioner = built
+    standard = standard_doses(cells, conditioner)
+    perturbed = conditioner.is_perturbed(cells.condition_NC)
+    assert (standard[~perturbed] == 0).all()
+    trained = cells.train[perturbed[cells.train]]
+    assert standard[trained].mean() == pytest.approx(0, abs=1e-5)
+    assert standard[trained].std() == pytest.approx(1, abs=1e-5)
+    told = conditioner.conditions(cells.condition_NC, dose_N=standard)
+    np.testing.assert_allclose(told.dose_BP, told.perturbation_BP * torch.from_numpy(standard)[:, None])
+
+
+def test_saved_and_read_again_it_is_the_same_bit_for_bit(built):
+    cells, conditioner = built
+    again = Conditioner.from_saved(json.loads(json.dumps(conditioner.to_json())), conditioner.to_tensors())
+    one, two = conditioner.to_tensors(), again.to_tensors()
+    assert one.keys() == two.keys()
+    assert len(one) > 10
+    for name in one:
+        assert one[name].dtype == two[name].dtype
+        assert torch.equal(one[name], two[name]), name
+    assert json.dumps(again.to_json()) == json.dumps(conditioner.to_json())
+    assert again.sizes == conditioner.sizes
+    for rng in (lambda: None, lambda: np.random.default_rng(3)):
+        a, b = (c.conditions(cells.condition_NC, dose_N=np.ones(300), rng=rng()) for c in (conditioner, again))
+        assert torch.equal(a.perturbation_BP, b.perturbation_BP)
+        assert torch.equal(a.dose_BP, b.dose_BP)
+        assert torch.equal(a.embedding_PQ, b.embedding_PQ)
+        assert torch.equal(a.context.table_KJG[a.context.row_B], b.context.table_KJG[b.context.row_B])
+        assert torch.equal(a.effect.table_KJG[a.effect.row_B], b.effect.table_KJG[b.effect.row_B])
+    unseen = [c.prior.predict("R", "L1", None, c.embeddings) for c in (conditioner, again)]
+    np.testing.assert_array_equal(unseen[0].delta, unseen[1].delta)
+    assert isinstance(again.contexts, ContextTable)
+    assert isinstance(again.effects, EffectTable)
+    assert isinstance(again.depths, DepthTable)
+
+
+def test_a_conditioner_of_categories_alone_and_one_of_nothing_come_back():
+    for fields in ({"line": ("A", "B")}, {}):
+        conditioner = Conditioner(ConditionVocabulary(fields))
+        again = Conditioner.from_saved(conditioner.to_json(), conditioner.to_tensors())
+        assert again.vocabulary.fields == conditioner.vocabulary.fields
+        told = again.conditions(np.ones((3, len(fields)), dtype=np.int64))
+        assert told.category_BC.shape == (3, len(fields))
+        assert told.perturbation_BP is None
+
+
+def test_only_profiles_that_occur_are_handed_over(built):
+    cells, conditioner = built
+    told = conditioner.conditions(cells.condition_NC[:1])
+    assert len(told.context.table_KJG) == 2
+    assert (told.context.table_KJG[0] == 0).all()
+
+
+@pytest.mark.parametrize("setting", ["dose_key", "embeddings", "depth"])
+def test_the_papers_network_refuses_what_it_cannot_be_told(screen, embeddings, setting):
+    value = {"dose_key": "dose", "embeddings": [str(embeddings)], "depth": True}
+    data = {**DATA, "dose_key": None, "depth": False, setting: value[setting]}
+    config = tiny_config("paper", data=data)
+    cells = assemble([read_counts(screen, None, ["line", "drug"])], **config.data.assembly())
+    with pytest.raises(LingshuError) as caught:
+        build_conditioner(cells, config)
+    assert caught.value.rule == "The paper's network knows categories only"
+    assert caught.value.finding == f"data.{setting} is set"
+    assert caught.value.remedy == "Leave it out, or take --preset small"
+
+
+def test_embeddings_of_other_things_are_refused(screen, tmp_path):
+    path = tmp_path / "genes.npz"
+    write_embeddings(GeneEmbeddings.of(["X", "Y"], np.eye(2, dtype=np.float32), "a test"), path)
+    with pytest.raises(LingshuError) as caught:
+        both(screen, embeddings=[str(path)])
+    assert caught.value.rule == "Embeddings must be those of the perturbations"
+    assert caught.value.finding == f"none of 'P', 'Q' (2) is in '{path}' (1)"
+    assert caught.value.remedy == "Name them as the perturbations are named"
+
+
+@pytest.mark.parametrize(
+    ("data", "rule", "finding"),
+    [
+        ({"dose_key": "amount"}, "The dose must be an obs column", "there is no 'amount'"),
+        ({"control": "vehicle"}, "Control cells must be there", "no cell is labelled 'vehicle'"),
+        ({"control_share": 0.001}, "Some control cells must be trained on", "0.001 of "),
+    ],
+)
+def test_data_that_do_not_fit_the_settings_are_refused(screen, data, rule, finding):
+    with pytest.raises(LingshuError) as caught:
+        both(screen, **data)
+    assert caught.value.rule == rule
+    assert caught.value.finding.startswith(finding)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"control": None}, "perturbation_key and control go together"),
+        ({"perturbation_key": None, "dose_key": None}, "perturbation_key and control go together"),
+        ({"condition_keys": ["line", "drug"]}, "'drug' is the perturbation_key, not one of condition_keys"),
+        ({"perturbation_key": None, "control": None}, "dose_key and embeddings need a perturbation_key"),
+        ({"control_share": 0.0}, "data.control_share = 0.0: Input should be greater than 0"),
+        ({"control_share": 1.5}, "data.control_share = 1.5: Input should be less than or equal to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(data, message):
+    with pytest.raises(LingshuError) as caught:
+        tiny_config(data={**DATA, **data})
+    assert caught.value.rule == "Every setting must have a valid value"
+    assert caught.value.finding.endswith(message)
+    assert caught.value.remedy == "See lingshu train --help or docs/config.md"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"training": {"identity_dropout": 1.5}},
+            "training.identity_dropout = 1.5: Input should be less than or equal",
+        ),
+        ({"training": {"depth_dropout": -0.1}}, "training.depth_dropout = -0.1: Input should be greater than or equal"),
+        ({"generation": {"guidance_clip": 0.0}}, "generation.guidance_clip = 0.0: Input should be greater than 0"),
+        ({"generation": {"guidance_ramp": -1.0}}, "generation.guidance_ramp = -1.0: Input should be greater than or"),
+        ({"generation": {"guidance_space": "mean"}}, "generation.guidance_space = 'mean': Input should be 'log-mean'"),
+    ],
+    ids=str,
+)
+def test_guidance_and_dropout_settings_keep_their_range(section, message):
+    with pytest.raises(LingshuError) as caught:
+        tiny_config(**section)
+    assert message in caught.value.finding

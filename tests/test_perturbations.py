@@ -1,0 +1,136 @@
+"""Labels come apart into perturbations and nothing else, and doses are numbers above 0."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses, standardise_doses
+from lingshu_cell.errors import LingshuError
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="+", exclude_categories=("Z", "C")), min_size=1).filter(
+    lambda name: name.strip() == name and name != "control"
+)
+
+
+@given(st.sets(names, min_size=1, max_size=6), st.data())
+def test_any_combination_comes_apart_into_its_parts(singles, data):
+    parts = data.draw(st.permutations(sorted(singles)))[: data.draw(st.integers(1, 3))]
+    vocabulary = PerturbationVocabulary.from_labels(["control", *singles], "control")
+    assert vocabulary.names == ("control", *sorted(singles))
+    label = "+".join(parts)
+    assert sorted(vocabulary.parts(label)) == sorted(parts)
+    applied = vocabulary.encode([label, "control", *parts])
+    assert applied.dtype == np.float32
+    np.testing.assert_array_equal(applied[0], applied[2:].sum(0))
+    assert applied[1].tolist() == [1] + [0] * len(singles)
+    assert PerturbationVocabulary.from_json(vocabulary.to_json()) == vocabulary
+
+
+def test_parts_known_from_combinations_alone_are_known():
+    vocabulary = PerturbationVocabulary.from_labels(["ctrl", "B+A", "C"], "ctrl")
+    assert vocabulary.names == ("ctrl", "A", "B", "C")
+    np.testing.assert_array_equal(vocabulary.encode(["A+C"]), [[0, 1, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("label", "separator", "parts"),
+    [
+        ("A + B", "+", ["A", "B"]),
+        ("A+ctrl", "+", ["A"]),
+        ("ctrl+A", "+", ["A"]),
+        ("A_B", "_", ["A", "B"]),
+        ("A+B", "", ["A+B"]),
+        ("A+B", "_", ["A+B"]),
+        ("A::B", "::", ["A", "B"]),
+        ("ctrl", "+", ["ctrl"]),
+        ("A B", "+", ["A B"]),
+    ],
+)
+def test_separators(label, separator, parts):
+    vocabulary = PerturbationVocabulary.from_labels(["ctrl", "A"], "ctrl", separator)
+    assert vocabulary.parts(label) == parts
+
+
+def test_a_control_label_with_the_separator_in_it_is_never_taken_apart():
+    vocabulary = PerturbationVocabulary.from_labels(["non+targeting", "A"], "non+targeting")
+    assert vocabulary.names == ("non+targeting", "A")
+    assert vocabulary.encode(["non+targeting"]).tolist() == [[1, 0]]
+
+
+def test_new_names_stand_behind_the_known_ones_and_known_ones_are_not_doubled():
+    vocabulary = PerturbationVocabulary(("ctrl", "B"), "+").extended(["A", "B", "A"])
+    assert vocabulary.names == ("ctrl", "B", "A")
+    assert vocabulary.encode(["A+B"]).tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "rule", "finding", "remedy"),
+    [
+        (["A", "B"], "Control cells must be there", "no cell is labelled 'ctrl'", "Labels: 'A', 'B' (2)"),
+        (["ctrl"], "There must be perturbed cells", "every cell is labelled 'ctrl'", "Check data.control"),
+        (["ctrl", "A+"], "A combination must join different perturbations",
+         "'A+' taken apart at '+' gives \"'A'\", \"''\" (2)",
+         "Mend the label, or set data.combination_separator to what joins them (empty: labels stay whole)"),
+        (["ctrl", "A+A"], "A combination must join different perturbations",
+         "'A+A' taken apart at '+' gives \"'A'\", \"'A'\" (2)", None),
+        (["ctrl", "ctrl+ctrl"], "A combination must join different perturbations",
+         "'ctrl+ctrl' taken apart at '+' gives \"''\" (1)", None),
+        (["ctrl", "+"], "A combination must join different perturbations", None, None),
+    ],
+)  # fmt: skip
+def test_labels_that_make_no_sense_are_refused(labels, rule, finding, remedy):
+    with pytest.raises(LingshuError) as caught:
+        PerturbationVocabulary.from_labels(labels, "ctrl")
+    assert caught.value.rule == rule
+    assert finding is None or caught.value.finding == finding
+    assert remedy is None or caught.value.remedy == remedy
+
+
+def test_unknown_perturbations_are_listed_at_most_five():
+    vocabulary = PerturbationVocabulary(("ctrl", "A", "B"), "+")
+    with pytest.raises(LingshuError) as caught:
+        vocabulary.encode(["A+X1", "X2", "X1", *(f"Y{i}" for i in range(5))])
+    assert caught.value.rule == "Perturbations must be among those the model knows"
+    assert caught.value.finding == "it does not know 'X1', 'X2', 'Y0', 'Y1', 'Y2', … (7)"
+    assert caught.value.remedy == "Known: 'ctrl', 'A', 'B' (3); others need an embedding, see --unseen"
+
+
+def test_doses_are_standardised_over_perturbed_cells_in_logs():
+    doses, is_control = np.array([np.nan, 1.0, 10, 100, 0]), np.array([True, False, False, False, True])
+    standardised, mean, sd = standardise_doses(doses, is_control)
+    assert mean == pytest.approx(np.log(10))
+    assert sd == pytest.approx(np.std(np.log([1, 10, 100])))
+    np.testing.assert_allclose(standardised, [0, -1.2247, 0, 1.2247, 0], atol=1e-4)
+    assert standardised.dtype == np.float32
+    assert standardised.mean() == pytest.approx(0, abs=1e-6)
+
+
+def test_one_dose_for_all_is_the_mean_dose():
+    standardised, mean, sd = standardise_doses(np.full(3, 0.3), np.zeros(3, dtype=bool))
+    np.testing.assert_allclose(standardised, 0, atol=1e-6)
+    assert sd == 1
+    assert mean == pytest.approx(np.log(0.3))
+
+
+@pytest.mark.parametrize(
+    ("doses", "finding"),
+    [
+        (np.array([1.0, 0.0, np.nan]), "2 of 3 perturbed cells have '0.0', 'nan' (2)"),
+        (np.array([-1.0, np.inf, 2.0]), "2 of 3 perturbed cells have '-1.0', 'inf' (2)"),
+        (np.array(["high", "2", "low"], dtype=object), "2 of 3 perturbed cells have 'high', 'low' (2)"),
+        (np.array([pd.NA, 1.0], dtype=object), "1 of 2 perturbed cells have '<NA>' (1)"),
+    ],
+    ids=str,
+)
+def test_doses_that_are_none_are_refused(doses, finding):
+    with pytest.raises(LingshuError) as caught:
+        check_log_doses(doses)
+    assert caught.value.rule == "A dose must be a number above 0 in every perturbed cell"
+    assert caught.value.finding == finding
+    assert caught.value.remedy == "Give every perturbed cell its dose in one unit; control cells may lack it"
+
+
+def test_doses_written_as_text_are_read():
+    np.testing.assert_allclose(check_log_doses(np.array(["1", "10"], dtype=object)), [0, np.log(10)])
