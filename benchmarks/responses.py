@@ -62,7 +62,7 @@ SCREENS = {
         "control",
         "cell_type",
         "pairs",
-        {"training.steps": 1600, "training.minibatch_size": 32, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 400, "training.balance": 0.5, "data.depth": True},
     ),
     "gbm": Screen(
         "gbm_panobinostat_300g",
@@ -70,7 +70,7 @@ SCREENS = {
         "ctrl",
         "donor",
         "pairs",
-        {"training.steps": 1600, "training.minibatch_size": 32, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 400, "training.balance": 0.5, "data.depth": True},
     ),
     "papalexi": Screen(
         "papalexi_eccite_299g",
@@ -78,7 +78,7 @@ SCREENS = {
         "control",
         None,
         5,
-        {"training.steps": 1600, "training.minibatch_size": 32, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 400, "training.balance": 0.5, "data.depth": True},
         embeddings=True,
     ),
 }

@@ -293,6 +293,7 @@ def _both_clouds(axes, real: tuple, generated: tuple, *, alpha: float, size: flo
 
 
 def new_axes(x_label: str, y_label: str):
+    """Give empty axes in the look of the reports; labels and ticks are in ink that the page recolours."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=_SVG_SIZE_INCHES, layout="constrained").add_subplot()
@@ -356,6 +357,7 @@ def _png(figure) -> str:
 
 
 def to_svg(figure, name: str) -> str:
+    """Turn the figure of the axes into an ``<svg>`` element that takes the colours of the page."""
     import matplotlib
 
     buffer = io.StringIO()

@@ -233,8 +233,9 @@ class _Trainer:
             return torch.rand(n, 1, generator=generator, device=self.device)[:, 0] >= share
 
         conditions = conditions.only(kept(settings.condition_dropout))
-        if max(self.step / settings.steps, self._share_of_time()) < settings.rest_share:
-            conditions = conditions.without_perturbation(kept(1.0))
+        at_rest = max(self.step / settings.steps, self._share_of_time()) < settings.rest_share
+        if at_rest and conditions.perturbation_BP is not None:
+            conditions = conditions.without_perturbation(torch.zeros(n, dtype=torch.bool, device=self.device))
         if conditions.context is not None:
             conditions = conditions.without_categories(kept(settings.identity_dropout) | ~conditions.context.known())
         if conditions.depth_B is not None:
