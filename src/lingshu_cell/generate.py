@@ -293,7 +293,8 @@ def steering_of(
     """
     defaults = model.config.generation
     calibrated = load_calibration(model.checkpoint.folder.parent, model.checkpoint.step)
-    if calibrated is not None and guidance.get("guidance_scale") is None:
+    fits = calibrated is not None and guidance.get("guidance_space") in (None, calibrated.space)
+    if fits and guidance.get("guidance_scale") is None:
         guidance |= {"guidance_scale": calibrated.scale, "guidance_space": calibrated.space}
     names = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
     chosen = {name: getattr(defaults, name) if guidance.get(name) is None else guidance[name] for name in names}
@@ -455,6 +456,10 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
     if steering.guidance_space not in GUIDANCE_SPACES:
         raise LingshuError(
             "The space of guidance must exist", f"'{steering.guidance_space}'", f"Choose {', '.join(GUIDANCE_SPACES)}"
+        )
+    if not (np.isfinite(steering.guidance_scale) and steering.guidance_scale >= 0):
+        raise LingshuError(
+            "The strength of guidance must be a number of 0 or more", f"{steering.guidance_scale}", "1 is as trained"
         )
     if steering.guidance_scale != 1 and request.conditioner.perturbation_key is None:
         raise LingshuError(
