@@ -131,7 +131,11 @@ class GateHead(nn.Module):
 
 
 class GatedDistribution(CountDistribution):
-    """The tree of one minibatch; its parts are computed when they are asked for."""
+    """The tree of one minibatch; its parts are computed when they are asked for.
+
+    Rows are taken by ``index_select``, whose gradient adds up in a fixed order; that of plain indexing does not with
+    several threads, and a resumed run would differ in the last bit.
+    """
 
     def __init__(self, head: GateHead, h_BD: Tensor, offsets: Sequence[Offsets] = ()) -> None:
         self._head, self._h_BD, self._offsets = head, h_BD, offsets
@@ -142,7 +146,7 @@ class GatedDistribution(CountDistribution):
         with self._fp32():
             logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
             for offset in self._offsets:
-                logits_BG = logits_BG + offset.amount_BA[:, :1] * offset.gate_RG[offset.place_B]
+                logits_BG = logits_BG + offset.amount_BA[:, :1] * offset.gate_RG.index_select(0, offset.place_B)
             return logits_BG
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
@@ -244,14 +248,14 @@ class GatedDistribution(CountDistribution):
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
-            tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ[positions.gene_M]
+            tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ.index_select(0, positions.gene_M)
             tilt_MJ = tilt_MJ + self._offset(positions, 1)
-            return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK[positions.gene_M]
+            return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK.index_select(0, positions.gene_M)
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
-            tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ[positions.gene_M]
+            tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ.index_select(0, positions.gene_M)
             tilt_MJ = tilt_MJ + self._offset(positions, 1 + N_STATISTICS)
             return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
 
@@ -279,4 +283,5 @@ class GatedDistribution(CountDistribution):
                 torch.matmul(query_BJE.flatten(0, 1), codes_GE.T).unflatten(0, (-1, N_STATISTICS)).transpose(1, 2)
             )
             return tilt_BGJ[positions.cell_M, positions.gene_M]
-        return torch.einsum("mje,me->mj", query_BJE[positions.cell_M], codes_GE[positions.gene_M])
+        query_MJE = query_BJE.index_select(0, positions.cell_M)
+        return torch.einsum("mje,me->mj", query_MJE, codes_GE.index_select(0, positions.gene_M))

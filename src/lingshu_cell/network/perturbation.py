@@ -130,7 +130,7 @@ class ContextReader(nn.Module):
             for j in range(len(weights_2G))
         ]
         h_RD = self.into(self.norm(torch.cat(evidence, dim=1)))
-        return h_RD[place_B] * context.known()[:, None]
+        return h_RD.index_select(0, place_B) * context.known()[:, None]
 
     def offset(self, context: Profiles, mean_log_G: Tensor, h_BD: Tensor) -> Offsets:
         """Give what the context adds to the head: the fold of each gene's mean log count against all cells."""
@@ -182,7 +182,7 @@ class EffectReader(nn.Module):
         sum_RE = (profile_RJG[:, 0] * self.weight_G) @ codes_GE
         strength_R1 = torch.log(sum_RE.norm(dim=1, keepdim=True) + 0.01)
         h_RD = self.into(torch.cat([self.norm(sum_RE), strength_R1], dim=1))
-        return h_RD[place_B] * effect.known()[:, None]
+        return h_RD.index_select(0, place_B) * effect.known()[:, None]
 
     def offset(self, effect: Profiles, h_BD: Tensor) -> Offsets:
         """Give what the effect adds to the head."""
