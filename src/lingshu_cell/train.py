@@ -138,9 +138,6 @@ class _Trainer:
             if network.depth is not None:
                 log_library = np.log(np.maximum(cells.library[cells.train], 1))
                 network.depth.start_at(float(log_library.mean()), float(log_library.std()))
-            if network.perturbation is not None:
-                trained_P = self.conditioner.conditions(cells.condition_frequencies()[0]).perturbation_BP.any(0)
-                network.perturbation.start_at_trained(trained_P)
         self.network = network.to(self.device)
         self.parameters = dict(self.network.named_parameters())
         self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]

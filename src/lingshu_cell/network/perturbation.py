@@ -35,14 +35,10 @@ class PerturbationReader(nn.Module):
         self.embedding = nn.Linear(embedding_width, width, bias=False) if embedding_width else None
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Start at the size of everything else that enters the trunk: smaller, perturbations are ignored for long."""
-        self.residual_PD.normal_(0.0, 1.0 if self.embedding is None else 0.5, generator=generator)
-
-    @torch.no_grad()
-    def start_at_trained(self, trained_P: Tensor) -> None:
-        """Set r_p = 0 for perturbations that no training cell has, e.g. those kept for validation."""
-        self.residual_PD *= trained_P[:, None]
+    def initialise(self) -> None:
+        """Start at 0: a perturbation is what training finds it to be, and one never trained is its embedding alone."""
+        if self.embedding is not None:
+            self.embedding.weight.zero_()
 
     def forward(self, conditions: Conditions) -> Tensor:
         """Give what the perturbations of each cell add to the trunk, B × D."""

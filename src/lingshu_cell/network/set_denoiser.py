@@ -222,6 +222,7 @@ class SetDenoiser(nn.Module, Denoiser):
             block.start_as_identity()
         self.head.initialise(generator)
         if self.perturbation is not None:
+            self.perturbation.initialise()
             self.response.initialise()
         for reader in (self.context, self.effect):
             if reader is not None:
