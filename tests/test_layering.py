@@ -10,10 +10,10 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "commands data data.effect_regression datasets diffusion diffusion.randomness ema errors figures judgement "
-    "metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding "
-    "metrics.genes metrics.memorisation metrics.responses metrics.two_sample network network.conditions "
-    "network.layers network.tilting tokens",
+    "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema errors figures "
+    "judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
+    "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
+    "network.conditions network.layers network.tilting tokens",
     "checkpoint config data.condition_labels data.count_blocks data.counts data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.labels data.perturbations data.quality data.splits data.store_files "
     "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder guidance_store history "

@@ -11,8 +11,8 @@ import pytest
 from conftest import real_cells
 from scipy import sparse
 
+from lingshu_cell.checksums import checksum
 from lingshu_cell.data.store import open_store
-from lingshu_cell.data.store_files import checksum
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.data.training_set import assemble
 from lingshu_cell.errors import LingshuError

@@ -10,7 +10,6 @@ The manifest says what the model is (configuration, genes in order, token bins, 
 metrics, licence). Nothing is ever pickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lingshu_cell.checksums import checksum, sha256
 from lingshu_cell.errors import LingshuError
 
 FORMAT_VERSION = 1
@@ -59,7 +59,7 @@ class Checkpoint:
         if expected is None or not _TENSOR_FILE.fullmatch(file):
             raise _damaged(self.folder, f"the manifest lists no {file}")
         try:
-            if _sha256(self.folder / file) != expected:
+            if sha256(self.folder / file) != expected:
                 raise _damaged(self.folder, f"{file} does not match its checksum")
             return load_file(self.folder / file)
         except (OSError, SafetensorError) as error:
@@ -103,9 +103,9 @@ def save_checkpoint(
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in values.items()}, draft / f"{name}.safetensors"
             )
-        files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+        files = {file.name: sha256(file) for file in sorted(draft.iterdir())}
         content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-        content["checksum"] = _checksum(content)
+        content["checksum"] = checksum(content)
         (draft / "manifest.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         _to_disk(draft)
         if final.exists():
@@ -152,23 +152,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             f"{folder} has {manifest.get('format_version')!r}",
             "Install the version of lingshu-cell that wrote it",
         )
-    if manifest.get("checksum") != _checksum(manifest):
+    if manifest.get("checksum") != checksum(manifest):
         raise _damaged(folder, "manifest.json does not match its checksum")
     return Checkpoint(folder, manifest)
 
 
 def _folders(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _NAME.fullmatch(p.name)) if run.is_dir() else []
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _to_disk(folder: Path) -> None:

@@ -468,7 +468,8 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
             "Train with data.perturbation_key and data.control",
         )
     for name, given in (("clamped", steering.clamp), ("tilted", steering.tilt)):
-        rare = [gene for gene in given if model.genes.index([gene])[0] not in set(model.modelled.tolist())]
+        is_modelled = np.isin(model.genes.index(given), model.modelled)
+        rare = [gene for gene, there in zip(given, is_modelled, strict=True) if not there]
         if rare:
             raise LingshuError(
                 f"Only modelled genes can be {name}", f"{offenders(rare)} was too rare in training", "Leave it out"

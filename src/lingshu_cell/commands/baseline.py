@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Json, read_source
 from lingshu_cell.console import give, give_json
 
 EXAMPLES = (
@@ -45,7 +46,7 @@ def baseline(
     layer: Annotated[str | None, typer.Option(help="Layer of the counts in TRAIN.h5ad.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random draws.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace PREDICTED.h5ad if it exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Predict responses to perturbations by a simple rule, to see what a model adds.
 
@@ -61,7 +62,7 @@ def baseline(
     from lingshu_cell.data.gene_embeddings import read_embeddings
 
     keys = {"perturbation_key": perturbation_key, "control": control, "identity_keys": identity_key or []}
-    wanted = conditions_of(_file(like), **keys)
+    wanted = conditions_of(read_source(like), **keys)
     if n is not None:
         wanted = [condition | {"n": n} for condition in wanted]
     table = None
@@ -70,7 +71,7 @@ def baseline(
         table = pd.DataFrame(found.matrix, index=list(found.names))
     predicted = predict_baseline(
         name,
-        _file(training),
+        read_source(training),
         wanted,
         embeddings=table,
         separator=separator,
@@ -84,8 +85,3 @@ def baseline(
         give_json(facts | {"n_genes": predicted.n_vars, "seed": seed})
     else:
         give(f"{written}: {len(wanted):,} conditions, {predicted.n_obs:,} cells x {predicted.n_vars:,} genes ({name})")
-
-
-def _file(name: str) -> Path | str:
-    """A path, or a URL as it is."""
-    return name if "://" in name else Path(name)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Json, read_source
 from lingshu_cell.console import give, give_json
 
 EXAMPLES = (
@@ -36,7 +37,7 @@ def de(
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw volcano plots and a dot plot.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the test.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of that draw.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Say which genes every perturbation changes, against control cells of the same identity.
 
@@ -46,12 +47,12 @@ def de(
     from lingshu_cell.metrics.differential import write_differential
 
     index = write_differential(
-        _file(cells),
+        read_source(cells),
         out,
         perturbation_key=perturbation_key,
         control=control,
         identity_keys=identity_key or [],
-        controls=None if controls is None else _file(controls),
+        controls=None if controls is None else read_source(controls),
         layer=layer,
         controls_layer=controls_layer,
         max_cells=max_cells,
@@ -74,8 +75,3 @@ def de(
     if len(index) > _SHOWN:
         give(f"… {len(index) - _SHOWN:,} more in {out / 'index.csv'}")
     give(f"{out}: {(index['file'] != '').sum():,} tables, {len(drawn):,} pictures")
-
-
-def _file(name: str) -> Path | str:
-    """A path, or a URL as it is."""
-    return name if "://" in name else Path(name)

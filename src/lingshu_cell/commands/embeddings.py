@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Json
 from lingshu_cell.console import give, give_json, say
 from lingshu_cell.errors import LingshuError
 
@@ -53,7 +54,7 @@ def embeddings(
     layer: Annotated[str | None, typer.Option(help="Layer of the counts in --from-counts.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Starts the decompositions.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.npz if it exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Make gene embeddings, for perturbations that were never measured.
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lingshu_cell.commands.options import Device, Json
+from lingshu_cell.commands.options import Device, Json, read_source
 from lingshu_cell.console import give, give_json, give_metrics, give_responses
 from lingshu_cell.errors import LingshuError
 
@@ -61,14 +61,14 @@ def evaluate(
             "perturbation_key": perturbation_key,
             "control": control,
             "identity_key": identity_key,
-            "training": _file(training),
+            "training": read_source(training),
             "layer": layer,
             "predicted_layer": generated_layer,
             "baseline": baseline,
             "only_predicted": only_predicted,
             "seed": seed,
         } | ({} if max_cells is None else {"max_cells_per_condition": max_cells})
-        _evaluate_responses(_file(real), _file(generated), out, responses, json)
+        _evaluate_responses(read_source(real), read_source(generated), out, responses, json)
         return
     settings = {
         "cell_type_key": cell_type_key or None,
@@ -80,7 +80,9 @@ def evaluate(
     if run is None:
         from lingshu_cell.evaluate import evaluate_files
 
-        metrics = evaluate_files(_file(real), _file(generated), out, training=_file(training), layer=layer, **settings)
+        metrics = evaluate_files(
+            read_source(real), read_source(generated), out, training=read_source(training), layer=layer, **settings
+        )
     else:
         from lingshu_cell import model
 
@@ -91,11 +93,6 @@ def evaluate(
     else:
         give_metrics(metrics)
         give(f"{out}: metrics.json and tables; for the page with pictures: lingshu report {out}")
-
-
-def _file(name: str | None) -> Path | str | None:
-    """A path, or a URL as it is."""
-    return name if name is None or "://" in name else Path(name)
 
 
 def _evaluate_responses(

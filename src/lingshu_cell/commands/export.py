@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Json
 from lingshu_cell.console import give, give_json, say
 from lingshu_cell.errors import EXIT_CODE_USER_ERROR, LingshuError
 
@@ -47,7 +48,7 @@ def vcc2026(
     ] = False,
     layer: Annotated[str | None, typer.Option(help="Layer of the counts in PREDICTED.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace SUBMISSION.h5ad if it exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> int:
     """Write predicted cells as a submission to the Virtual Cell Challenge 2026, and check it.
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Aliases, GeneTables, Join, Json, Orthologs, SeparateSpecies, SpeciesOf
 from lingshu_cell.console import give, give_json
 
 EXAMPLES = (
@@ -17,28 +18,14 @@ def genes(
     data: Annotated[
         list[Path], typer.Argument(metavar="DATA…", help="h5ad, zarr, Cell Ranger h5 files or mtx folders.")
     ],
-    join: Annotated[
-        str, typer.Option(metavar="union|intersection|GENES.txt", help="The joint gene list; a file has one per line.")
-    ] = "union",
-    species_of: Annotated[
-        list[str] | None, typer.Option(metavar="FILE=SPECIES", help="Species of a file, if it does not say.")
-    ] = None,
-    aliases: Annotated[
-        Path | None, typer.Option(metavar="HGNC.tsv", help="HGNC's complete set: former symbols of human genes.")
-    ] = None,
-    gene_table: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPECIES=FILE", help="Table of Ensembl ids and symbols of a species; may be repeated."),
-    ] = None,
-    orthologs: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[SPECIES=]FILE", help="Table of orthologs of two species; may be repeated."),
-    ] = None,
-    separate_species: Annotated[
-        bool, typer.Option("--separate-species", help="Let species without a table of orthologs keep their own genes.")
-    ] = False,
+    join: Join = "union",
+    species_of: SpeciesOf = None,
+    aliases: Aliases = None,
+    gene_table: GeneTables = None,
+    orthologs: Orthologs = None,
+    separate_species: SeparateSpecies = False,
     layer: Annotated[str | None, typer.Option(help="Layer of the counts, which may have its own genes (raw).")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Report which genes of several files are the same: matched, renamed, ambiguous, missing.
 

@@ -31,8 +31,33 @@ Steps = Annotated[
     str | None, typer.Option(metavar="N|auto", help=f"{of_generation('steps')} The run's own when not given.")
 ]
 MaxKl = Annotated[float | None, typer.Option(metavar="NATS", help=of_generation("max_kl"))]
+Join = Annotated[
+    str, typer.Option(metavar="union|intersection|GENES.txt", help="The joint gene list; a file has one per line.")
+]
+SpeciesOf = Annotated[
+    list[str] | None, typer.Option(metavar="FILE=SPECIES", help="Species of a file, if it does not say.")
+]
+Aliases = Annotated[
+    Path | None, typer.Option(metavar="HGNC.tsv", help="HGNC's complete set: former symbols of human genes.")
+]
+GeneTables = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SPECIES=FILE", help="Table of Ensembl ids and symbols of a species; may be repeated."),
+]
+Orthologs = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[SPECIES=]FILE", help="Table of orthologs of two species; may be repeated."),
+]
+SeparateSpecies = Annotated[
+    bool, typer.Option("--separate-species", help="Let species without a table of orthologs keep their own genes.")
+]
 
 
 def read_steps(text: str | None) -> int | str | None:
     """Read ``--steps``: a whole number, ``auto``, or nothing."""
     return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+
+
+def read_source(name: str | None) -> Path | str | None:
+    """A path, or a URL as it is."""
+    return name if name is None or "://" in name else Path(name)

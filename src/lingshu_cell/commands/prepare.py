@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Aliases, GeneTables, Join, Json, Orthologs, SeparateSpecies, SpeciesOf
 from lingshu_cell.console import clock, give, give_json, say
 
 EXAMPLES = (
@@ -40,33 +41,19 @@ def prepare(
     drop_read_counts: Annotated[
         bool, typer.Option("--drop-read-counts", help="Drop assays that count reads, told by obs assay and the counts.")
     ] = False,
-    join: Annotated[
-        str, typer.Option(metavar="union|intersection|GENES.txt", help="The joint gene list; a file has one per line.")
-    ] = "union",
-    species_of: Annotated[
-        list[str] | None, typer.Option(metavar="FILE=SPECIES", help="Species of a file, if it does not say.")
-    ] = None,
-    aliases: Annotated[
-        Path | None, typer.Option(metavar="HGNC.tsv", help="HGNC's complete set: former symbols of human genes.")
-    ] = None,
-    gene_table: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPECIES=FILE", help="Table of Ensembl ids and symbols of a species; may be repeated."),
-    ] = None,
-    orthologs: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[SPECIES=]FILE", help="Table of orthologs of two species; may be repeated."),
-    ] = None,
-    separate_species: Annotated[
-        bool, typer.Option("--separate-species", help="Let species without a table of orthologs keep their own genes.")
-    ] = False,
+    join: Join = "union",
+    species_of: SpeciesOf = None,
+    aliases: Aliases = None,
+    gene_table: GeneTables = None,
+    orthologs: Orthologs = None,
+    separate_species: SeparateSpecies = False,
     obs_key: Annotated[
         list[str] | None, typer.Option(help="obs column to keep; may be repeated. All when not given.")
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer of the counts; X when not given.")] = None,
     cells_per_shard: Annotated[int, typer.Option(min=1, help="Cells of a shard.")] = 8192,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Bring files of counts onto one gene list, shuffle all cells once, and write a training store.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lingshu_cell.commands.options import Json
 from lingshu_cell.console import give, give_json, say
 from lingshu_cell.errors import LingshuError
 
@@ -40,7 +41,7 @@ def split(
     identity_key: Annotated[str, typer.Option(help="With --from-state: obs column of cell types.")] = "cell_type",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the table; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in DIR.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Divide cells into training, validation and test files by condition.
 

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from lingshu_cell.checksums import sha256
 from lingshu_cell.data.shards import Shards
-from lingshu_cell.data.store_files import damaged, read_manifest, sha256
+from lingshu_cell.data.store_files import damaged, read_manifest
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
 from lingshu_cell.errors import LingshuError, offenders

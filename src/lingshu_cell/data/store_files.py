@@ -1,12 +1,11 @@
 """The files of a training store: their names, the manifest, checksums, and what is said when one is damaged."""
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lingshu_cell.checksums import checksum
 from lingshu_cell.errors import LingshuError, offenders
 
 FORMAT_VERSION = 1
@@ -53,18 +52,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if strange := [name for name in manifest["files"] if not _FILE.fullmatch(name)]:
         raise damaged(path, f"manifest.json names {offenders(strange)}")
     return manifest
-
-
-def checksum(manifest: Mapping[str, Any]) -> str:
-    """Give the sha256 of a manifest without its own ``checksum``."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Give the sha256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def shard_file(number: int) -> str:

@@ -16,7 +16,8 @@ import pandas as pd
 from anndata.io import write_elem
 from scipy import sparse
 
-from lingshu_cell.data.store_files import FORMAT_VERSION, MANIFEST, checksum, sha256
+from lingshu_cell.checksums import checksum, sha256
+from lingshu_cell.data.store_files import FORMAT_VERSION, MANIFEST
 from lingshu_cell.errors import LingshuError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

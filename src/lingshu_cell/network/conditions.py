@@ -76,7 +76,8 @@ class Conditions:
 
     def only(self, known_B: Tensor) -> "Conditions":
         """Forget every condition of the cells where ``known_B`` is false."""
-        return self.without_categories(known_B).without_perturbation(known_B)._without_profiles(known_B)
+        rest = self.without_categories(known_B).without_perturbation(known_B)
+        return rest.without_context(known_B).without_depth(known_B)
 
     def without_categories(self, known_B: Tensor) -> "Conditions":
         """Forget the categories of the cells where ``known_B`` is false."""
@@ -100,9 +101,6 @@ class Conditions:
     def without_depth(self, known_B: Tensor) -> "Conditions":
         """Forget the depth asked for where ``known_B`` is false."""
         return self if self.depth_B is None else replace(self, depth_B=self.depth_B.masked_fill(~known_B, torch.nan))
-
-    def _without_profiles(self, known_B: Tensor) -> "Conditions":
-        return self.without_context(known_B).without_depth(known_B)
 
     def to(self, device: torch.device | str) -> "Conditions":
         """Give the same conditions on another device."""
