@@ -28,6 +28,7 @@ _MOST_CONTEXT_DRAWS = 16
 _MOST_PROFILES = 512  # of all identities together: memory is this times twice the genes
 _CONTEXT_CELLS = (32, 256)  # control cells behind one context; fewer are noisy, more teach nothing about noise
 LEAST_CONTEXT_CELLS = 8
+_CELLS_OF_OVERALL = 4
 _N_QUANTILES = 65
 
 
@@ -38,7 +39,8 @@ class ContextTable:
     Attributes
     ----------
     profile_KJG
-        Share of cells that detect a gene, and mean log(1 + count), float32; row 0 is empty and stands for *none*.
+        Share of cells that detect a gene, and mean log(1 + count), float32; row 0 is the average over all identities and
+        stands for *none*.
     identity_IC
         The identities: indices in each condition field, 0 in the perturbation field.
     first_I, n_I
@@ -370,7 +372,7 @@ def scaled_rows(embeddings: GeneEmbeddings, names: Sequence[str]) -> tuple[np.nd
 
 
 def _with_prior_effects(conditioner: Conditioner, cells: TrainingSet, config: Config) -> Conditioner:
-    """Measure effects in the training cells, and foretell each of them from the others."""
+    """Measure effects in the training cells: what training tells of them, and what others are foretold from."""
     used = np.union1d(cells.train, np.flatnonzero(cells.context_cells))
     condition_NC = cells.condition_NC[used]
     labels = np.array(cells.conditions.fields[conditioner.perturbation_key])
@@ -384,7 +386,7 @@ def _with_prior_effects(conditioner: Conditioner, cells: TrainingSet, config: Co
         separator=conditioner.perturbations.separator,
         seed=config.training.seed,
     )
-    effect_KG, found, _ = prior.out_of_fold()
+    effect_KG, found = prior.measured_effects()
     if not found.any():
         return conditioner
     place = {condition: k for k, condition in enumerate(prior.conditions) if found[k]}
@@ -427,26 +429,33 @@ def build_contexts(counts: sparse.csr_matrix, identity_NC: np.ndarray, seed: int
     of_cell = of_cell.reshape(-1)
     enough = np.flatnonzero(n_cells >= LEAST_CONTEXT_CELLS)
     draws = int(np.clip(_MOST_PROFILES // max(len(enough), 1) - 1, 1, _MOST_CONTEXT_DRAWS))
-    profiles, first, n = [np.zeros((2, counts.shape[1]), np.float32)], [], []
+    overall = average_profile(counts)
+    profiles, first, n = [overall], [], []
     for identity in enough:
         cells = np.flatnonzero(of_cell == identity)
         first.append(len(profiles))
-        profiles.append(average_profile(counts[cells]))
+        profiles.append(average_profile(counts[cells], overall))
         for _ in range(draws):
             low, high = np.log(_CONTEXT_CELLS)
             size = min(int(np.exp(rng.uniform(low, high))), len(cells))
-            profiles.append(average_profile(counts[rng.choice(cells, size, replace=False)]))
+            profiles.append(average_profile(counts[rng.choice(cells, size, replace=False)], overall))
         n.append(len(profiles) - first[-1])
     return ContextTable(
         np.stack(profiles), identity_IC[enough], np.array(first, dtype=np.int64), np.array(n, dtype=np.int64)
     )
 
 
-def average_profile(counts: sparse.csr_matrix) -> np.ndarray:
-    """Average cells: share that detects each gene and mean log(1 + count), float32, 2 × G."""
+def average_profile(counts: sparse.csr_matrix, overall_JG: np.ndarray | None = None) -> np.ndarray:
+    """Average cells: share that detects each gene and mean log(1 + count), float32, 2 × G.
+
+    ``overall_JG``, the average over all identities, counts like 4 more cells, so that no gene is certain to be silent.
+    """
     detected = np.bincount(counts.indices, minlength=counts.shape[1])
     log_sum = np.bincount(counts.indices, weights=np.log1p(counts.data), minlength=counts.shape[1])
-    return (np.stack([detected, log_sum]) / max(counts.shape[0], 1)).astype(np.float32)
+    sums, n_cells = np.stack([detected, log_sum]), counts.shape[0]
+    if overall_JG is not None:
+        sums, n_cells = sums + _CELLS_OF_OVERALL * overall_JG, n_cells + _CELLS_OF_OVERALL
+    return (sums / max(n_cells, 1)).astype(np.float32)
 
 
 def build_depths(library_N: np.ndarray, condition_NC: np.ndarray) -> DepthTable:

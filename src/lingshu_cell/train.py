@@ -10,7 +10,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ class _Trainer:
         conditions = conditions.only(kept(settings.condition_dropout))
         at_rest = max(self.step / settings.steps, self._share_of_time()) < settings.rest_share
         if at_rest and conditions.perturbation_BP is not None:
-            conditions = conditions.without_perturbation(torch.zeros(n, dtype=torch.bool, device=self.device))
+            conditions = replace(conditions, perturbation_BP=conditions.perturbation_BP * 0)
         if conditions.context is not None:
             conditions = conditions.without_categories(kept(settings.identity_dropout) | ~conditions.context.known())
         if conditions.depth_B is not None:

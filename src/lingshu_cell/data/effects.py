@@ -9,7 +9,7 @@ from scipy import sparse
 
 from lingshu_cell.errors import LingshuError, offenders
 
-PSEUDOCOUNT_UMI = 2.0  # measured on held-out cell types of Kang et al.: 1 … 4 are alike, ½ and 8 are worse
+PSEUDOCOUNT = 1e-4  # share of a cell's counts: one in 10,000 (docs/log.md: ½ to 2 are alike)
 _CELLS_AT_ONCE = 8192
 _LEAST_VARIANCE = 1e-6
 _NULL_PENALTY = 10.0
@@ -38,7 +38,7 @@ class Effects:
     target_sum
         Total every cell was normalised to: the median total.
     pseudocount
-        ε of log(mean + ε), in counts of a cell with ``target_sum``.
+        ε of log(mean + ε), as a share of ``target_sum``.
     """
 
     identities: tuple[str, ...]
@@ -57,12 +57,12 @@ def measure_effects(
     perturbations: Sequence[str],
     identities: Sequence[str] | None,
     control: str,
-    pseudocount_umi: float = PSEUDOCOUNT_UMI,
+    pseudocount: float = PSEUDOCOUNT,
 ) -> Effects:
     r"""Measure Δ_g = log(m_perturbed,g + ε) − log(m_control,g + ε) of every perturbed condition.
 
-    m is the mean over cells of counts normalised to the median total s; ε = ``pseudocount_umi`` · s / T, with T the
-    median over conditions of all their UMI: about two counts of one gene in a whole condition. The sampling variance is
+    m is the mean over cells of counts normalised to the median total s, and ε = ``pseudocount`` · s. So a gene that
+    control cells hardly express is told by how much it rises, others by what factor. The sampling variance is
     Var(m) / (m + ε)², summed over both sides; Var(m) is that between cells, but at least the Poisson variance of
     m + ε, as a gene that no cell of a condition shows is not known to be silent.
 
@@ -76,8 +76,8 @@ def measure_effects(
         Cell line, type or donor of every cell; None where there is only one.
     control
         Label of control cells.
-    pseudocount_umi
-        ε in UMI per condition, above 0.
+    pseudocount
+        ε as a share of all counts, above 0.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def measure_effects(
     sums = _group_sums(counts, group, len(keys))
     n = np.maximum(sums.n_cells, 1)
     mean = sums.first / n[:, None]
-    epsilon = pseudocount_umi * sums.target_sum / max(1.0, float(np.median(sums.umi[~is_control])))
+    epsilon = pseudocount * sums.target_sum
     between_cells = (sums.second / n[:, None] - mean**2) / np.maximum(n - 1, 1)[:, None]
     poisson = (mean + epsilon) * (sums.per_umi / n**2)[:, None]
     variance = np.maximum(between_cells, poisson) / (mean + epsilon) ** 2
@@ -138,7 +138,7 @@ def measure_effects(
         profile_identities=tuple(reference),
         profiles=mean[list(reference.values())].astype(np.float32),
         target_sum=sums.target_sum,
-        pseudocount=epsilon,
+        pseudocount=pseudocount,
     )
 
 

@@ -146,7 +146,7 @@ class GatedDistribution(CountDistribution):
         with self._fp32():
             logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
             for offset in self._offsets:
-                logits_BG = logits_BG + offset.amount_BA[:, :1] * offset.gate_RG.index_select(0, offset.place_B)
+                logits_BG = logits_BG + offset.gate_RG.index_select(0, offset.place_B)
             return logits_BG
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
@@ -241,22 +241,21 @@ class GatedDistribution(CountDistribution):
         codes_ME = self._head.gene_GE[positions.gene_M]
         logits_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
         for offset in self._offsets:
-            fold_M = offset.gate_RG[offset.place_B[positions.cell_M], positions.gene_M]
-            logits_M = logits_M + offset.amount_BA[positions.cell_M, 0] * fold_M
+            logits_M = logits_M + offset.gate_RG[offset.place_B[positions.cell_M], positions.gene_M]
         return logits_M
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ.index_select(0, positions.gene_M)
-            tilt_MJ = tilt_MJ + self._offset(positions, 1)
+            tilt_MJ = tilt_MJ + self._offset(positions, 0)
             return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK.index_select(0, positions.gene_M)
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ.index_select(0, positions.gene_M)
-            tilt_MJ = tilt_MJ + self._offset(positions, 1 + N_STATISTICS)
+            tilt_MJ = tilt_MJ + self._offset(positions, N_STATISTICS)
             return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
 
     def _offset(self, positions: Positions, first: int) -> Tensor | float:
@@ -264,8 +263,7 @@ class GatedDistribution(CountDistribution):
         added_MJ: Tensor | float = 0.0
         for offset in self._offsets:
             fold_M = offset.fold_RG[offset.place_B[positions.cell_M], positions.gene_M]
-            amount_MJ = offset.amount_BA[positions.cell_M, first : first + N_STATISTICS]
-            added_MJ = added_MJ + amount_MJ * fold_M[:, None]
+            added_MJ = added_MJ + offset.amount_A[first : first + N_STATISTICS] * fold_M[:, None]
         return added_MJ
 
     def _fp32(self) -> torch.autocast:

@@ -17,8 +17,10 @@ from lingshu_cell.network.conditions import Conditions, Profiles
 
 _N_DEPTH_FREQUENCIES = 5
 _RESIDUAL_DROPOUT = 0.2  # share of perturbations trained by their embedding alone, so that unseen ones are in range
-_MOST_GATE_WEIGHT = 3.0
-_LEAST_LOG_COUNT = 0.02  # mean log(1 + count) below which folds of a context are noise
+EFFECT_PSEUDOCOUNT = 1e-4  # of effects: one count in a cell of 10,000
+_LEAST_DETECTION = 1e-4
+_MOST_FOLD = 5.0
+_RATIOS = (1e-2, 1e3)
 
 
 class PerturbationReader(nn.Module):
@@ -59,64 +61,114 @@ class PerturbationReader(nn.Module):
 
 @dataclass(frozen=True)
 class Offsets:
-    """What a profile adds to the head: amounts of the cells, and the profile's log fold of each gene.
+    """What the average cell of a condition adds to the head.
 
     Attributes
     ----------
-    amount_BA
-        For the gate, then for each statistic of small values and of the tail, how much of the fold a cell takes.
-    gate_RG, fold_RG
-        The log fold, weighted for the gate, and as it is.
+    gate_RG
+        Added to the logit of p(x_g > 0).
+    fold_RG
+        Log fold of the mean of counts above 0, weighted by gene; the statistics take it in the amounts.
+    amount_A
+        For each statistic of small values and of the tail, how much of the fold it takes.
     place_B
-        Which of the R profiles is a cell's.
+        Which of the R average cells is a cell's.
     """
 
-    amount_BA: Tensor
     gate_RG: Tensor
     fold_RG: Tensor
+    amount_A: Tensor
     place_B: Tensor
 
 
-class GeneOffsets(nn.Module):
-    """A log fold of each gene's mean, taken straight to its own distribution in learned amounts.
+@dataclass(frozen=True)
+class AverageCells:
+    """Average cells of R conditions: how often each gene is detected, its mean log(1 + count), and which cell is whose.
 
-    For a Poisson count of mean m the gate's logit moves by fold · m / (1 - e^-m); this is where the gate's weights
-    start. The network then starts as an additive model, and learns what is not additive.
+    Where nothing is known of a gene, the values are those of all training cells.
     """
 
-    def __init__(self, n_genes: int, width: int, n_statistics: int) -> None:
+    detected_RG: Tensor
+    log_RG: Tensor
+    place_B: Tensor
+
+
+class AverageCell(nn.Module):
+    """The average cell of a condition: that of its context, moved by its effect.
+
+    Everything else the network says and reads is relative to it. The head starts at its marginals, through offsets of
+    each gene's gate and values; and what a visible gene tells is how it differs from the average cell, the score of the
+    head's families at that point: (S(x_g) - E S(x_g)) U_g with the expectation under the condition. A gene that a
+    perturbation switches on says nothing, then, where it is found switched on, and a cell type's own markers do not
+    count twice.
+    """
+
+    def __init__(self, n_genes: int, n_statistics: int) -> None:
         super().__init__()
         self.gate_weight_G = nn.Parameter(torch.ones(n_genes))
-        self.amount = nn.Linear(width, 1 + 2 * n_statistics)
+        self.value_weight_G = nn.Parameter(torch.ones(n_genes))
+        self.amount_A = nn.Parameter(torch.zeros(2 * n_statistics))
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Start with the whole fold at the gate and half of it on log counts."""
-        self.amount.weight.zero_()
-        self.amount.bias.zero_()
-        n_statistics = (len(self.amount.bias) - 1) // 2
-        self.amount.bias[0], self.amount.bias[1], self.amount.bias[1 + n_statistics] = 1.0, 0.5, 0.5
+        """Start with the whole fold on the first statistics, the log counts."""
+        n_statistics = len(self.amount_A) // 2
+        self.amount_A.zero_()
+        self.amount_A[0], self.amount_A[n_statistics] = 1.0, 0.5
 
-    @torch.no_grad()
-    def start_at_means(self, mean_G: Tensor) -> None:
-        """Set the gate's weights from the genes' mean counts."""
-        self.gate_weight_G.copy_((mean_G / -torch.expm1(-mean_G.clamp_min(1e-4))).clamp(1.0, _MOST_GATE_WEIGHT))
+    def forward(self, conditions: Conditions, detection_G: Tensor, mean_log_G: Tensor) -> AverageCells:
+        """Give the average cells of the conditions that occur in a minibatch."""
+        context, effect = conditions.context, conditions.effect
+        none_B = torch.zeros(len(conditions), dtype=torch.int64, device=detection_G.device)
+        row_B2 = torch.stack([none_B if one is None else one.row_B for one in (context, effect)], dim=1)
+        rows_R2, place_B = torch.unique(row_B2, dim=0, return_inverse=True)
+        detected_RG, log_RG = (one.expand(len(rows_R2), -1) for one in (detection_G, mean_log_G))
+        if context is not None:
+            profile_RJG = context.table_KJG[rows_R2[:, 0]].float()
+            known_RG = (rows_R2[:, :1] > 0) & ~profile_RJG[:, 0].isnan()
+            detected_RG = torch.where(known_RG, profile_RJG[:, 0], detected_RG)
+            log_RG = torch.where(known_RG, profile_RJG[:, 1], log_RG)
+        detected_RG = detected_RG.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
+        if effect is not None:
+            delta_RG = effect.table_KJG[rows_R2[:, 1], 0].float().masked_fill(rows_R2[:, 1:] == 0, 0.0)
+            detected_RG, log_RG = _moved(detected_RG, log_RG, delta_RG)
+        return AverageCells(detected_RG, log_RG, place_B)
 
-    def forward(self, fold_RG: Tensor, place_B: Tensor, h_BD: Tensor) -> Offsets:
-        """Give what the folds add to the head."""
-        return Offsets(self.amount(h_BD), fold_RG * self.gate_weight_G, fold_RG, place_B)
+    def offsets(self, average: AverageCells, detection_G: Tensor, mean_log_G: Tensor) -> Offsets:
+        """Give what takes the head from the marginals of all training cells to those of the average cells."""
+        all_G = detection_G.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
+        gate_RG = torch.logit(average.detected_RG) - torch.logit(all_G)
+        fold_RG = torch.log(_typical(average.detected_RG, average.log_RG) / _typical(all_G, mean_log_G))
+        fold_RG = fold_RG.clamp(-_MOST_FOLD, _MOST_FOLD) * self.value_weight_G
+        return Offsets(gate_RG * self.gate_weight_G, fold_RG, self.amount_A, average.place_B)
+
+
+def _typical(detected_RG: Tensor, log_RG: Tensor) -> Tensor:
+    """Typical count of a gene where it is not 0."""
+    return torch.expm1(log_RG / detected_RG).clamp_min(1.0)
+
+
+def _moved(detected_RG: Tensor, log_RG: Tensor, delta_RG: Tensor) -> tuple[Tensor, Tensor]:
+    """Move average cells by effects, differences of log(share of all counts + ε); their total stays."""
+    typical_RG = _typical(detected_RG, log_RG)
+    mean_RG = detected_RG * typical_RG
+    share_RG = mean_RG / mean_RG.sum(1, keepdim=True)
+    after_RG = ((share_RG + EFFECT_PSEUDOCOUNT) * delta_RG.exp() - EFFECT_PSEUDOCOUNT).clamp_min(0.0)
+    after_RG = after_RG / after_RG.sum(1, keepdim=True)
+    ratio_RG = torch.where(delta_RG == 0, 1.0, after_RG / share_RG.clamp_min(1e-12)).clamp(*_RATIOS)
+    after_detected_RG = -torch.expm1(ratio_RG * torch.log1p(-detected_RG))  # as a Poisson count's
+    after_detected_RG = after_detected_RG.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
+    after_typical_RG = (mean_RG * ratio_RG / after_detected_RG).clamp_min(1.0)
+    return after_detected_RG, after_detected_RG * torch.log1p(after_typical_RG)
 
 
 class ContextReader(nn.Module):
-    """What an average control cell of the same identity shows: as evidence along the gene codes, and each gene's fold
-    against all cells straight to its own distribution. NaN tells nothing.
-    """
+    """What an average control cell of the same identity shows, as evidence along the gene codes; NaN tells nothing."""
 
-    def __init__(self, n_genes: int, gene_width: int, width: int, n_statistics: int) -> None:
+    def __init__(self, gene_width: int, width: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(2 * gene_width)
         self.into = nn.Linear(2 * gene_width, width)
-        self.offsets = GeneOffsets(n_genes, width, n_statistics)
 
     def forward(self, context: Profiles, codes_GE: Tensor, weights_2G: Tensor, expected_2G: Tensor) -> Tensor:
         """Give what the context of each cell adds to the trunk, B × D; 0 for a cell without one."""
@@ -127,13 +179,6 @@ class ContextReader(nn.Module):
         ]
         h_RD = self.into(self.norm(torch.cat(evidence, dim=1)))
         return h_RD.index_select(0, place_B) * context.known()[:, None]
-
-    def offset(self, context: Profiles, mean_log_G: Tensor, h_BD: Tensor) -> Offsets:
-        """Give what the context adds to the head: the fold of each gene's mean log count against all cells."""
-        profile_RJG, place_B = context.distinct()
-        fold_RG = torch.log((profile_RJG[:, 1] + _LEAST_LOG_COUNT) / (mean_log_G + _LEAST_LOG_COUNT)).nan_to_num()
-        present_R1 = (profile_RJG[:, 1].nan_to_num().sum(1, keepdim=True) > 0).float()  # row 0 is no profile
-        return self.offsets(fold_RG * present_R1, place_B, h_BD)
 
 
 class Response(nn.Module):
@@ -158,32 +203,6 @@ class Response(nn.Module):
     def forward(self, h_BD: Tensor, push_BD: Tensor) -> Tensor:
         """Give the state under the perturbation, B × D; h itself where the push is 0."""
         return h_BD + push_BD + self.out(nn.functional.silu(self.push(push_BD)) * self.state(self.norm(h_BD)))
-
-
-class EffectReader(nn.Module):
-    """A prior effect Δ, the expected change of each gene's log mean: as evidence into the trunk, and straight to each
-    gene's own distribution.
-    """
-
-    def __init__(self, n_genes: int, gene_width: int, width: int, n_statistics: int) -> None:
-        super().__init__()
-        self.weight_G = nn.Parameter(torch.ones(n_genes))
-        self.norm = nn.RMSNorm(gene_width)
-        self.into = nn.Linear(gene_width + 1, width)
-        self.offsets = GeneOffsets(n_genes, width, n_statistics)
-
-    def forward(self, effect: Profiles, codes_GE: Tensor) -> Tensor:
-        """Give what the effect of each cell adds to the trunk, B × D."""
-        profile_RJG, place_B = effect.distinct()
-        sum_RE = (profile_RJG[:, 0] * self.weight_G) @ codes_GE
-        strength_R1 = torch.log(sum_RE.norm(dim=1, keepdim=True) + 0.01)
-        h_RD = self.into(torch.cat([self.norm(sum_RE), strength_R1], dim=1))
-        return h_RD.index_select(0, place_B) * effect.known()[:, None]
-
-    def offset(self, effect: Profiles, h_BD: Tensor) -> Offsets:
-        """Give what the effect adds to the head."""
-        profile_RJG, place_B = effect.distinct()
-        return self.offsets(profile_RJG[:, 0], place_B, h_BD)
 
 
 class DepthReader(nn.Module):
