@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lingshu_cell.data.condition_labels import components_of
 from lingshu_cell.data.gene_sets import read_table
 from lingshu_cell.errors import LingshuError, offenders
 
@@ -209,7 +210,7 @@ def silenced_genes(
             )
         de_table = de_table[de_table["identity"].astype(str) != except_identity]
     silenced: Mapping[str, tuple[str, ...]] = strongly_down_regulated(de_table, **thresholds) if len(de_table) else {}
-    parts = target.split(separator) if separator else [target]
+    parts = components_of(target, separator or "", None)
     wanted = [*parts, *(gene for label in dict.fromkeys((*parts, target)) for gene in silenced.get(label, ()))]
     known = set(gene_names)
     return tuple(gene for gene in dict.fromkeys(wanted) if gene in known)
