@@ -27,7 +27,7 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "perturbation_effects response_samples run_config",
     "baselines data.loader data.scan data.training_set evaluate export_vcc2026 network.denoiser response_figures "
     "response_libraries",
-    "conditioning data.store_builder evaluate_responses response_section",
+    "conditioning data.store_builder evaluate_responses response_section silenced",
     "prepare request response_report train",
     "console generate report",
     "aligned_cells calibrate commands.baseline commands.config commands.de commands.embeddings commands.export "

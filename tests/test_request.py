@@ -213,7 +213,7 @@ KNOWN = {"line": "L1", "drug": "P"}
         ({"line": "L1", "drug": "P+R"}, {}, "Perturbations must be among those the model was trained on",
          "it does not know 'R' (1)", None),
         ({"line": "L1", "drug": "Z+R+Y"}, {"unseen": "embedding"}, "An unseen perturbation needs an embedding",
-         "there is none of 'Z', 'Y' (2)", "Embeddings are from drugs.npz; train with a file that has it"),
+         "there is none of 'Y', 'Z' (2)", "Embeddings are from drugs.npz; train with a file that has it"),
         ({"line": "L1", "drug": "P+P"}, {}, "A combination must join different perturbations",
          "'P+P' taken apart at '+' gives \"'P'\", \"'P'\" (2)", None),
         ({"line": "L7", "drug": "P"}, {}, "Conditions must be among those the model was trained on",

@@ -39,6 +39,9 @@ class DataConfig(_Section):
     embeddings: tuple[str, ...] = Field(
         (), description="Files of gene or drug embeddings (npz, parquet, safetensors, csv) for perturbations not seen."
     )
+    silenced: bool = Field(
+        False, description="Also test by pdex which genes perturbations silence, for lingshu generate --prior silenced."
+    )
     depth: bool = Field(False, description="Also condition on library size, so that it can be asked for.")
     split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
@@ -50,7 +53,7 @@ class DataConfig(_Section):
 
     def assembly(self) -> dict[str, Any]:
         """Give the settings that decide how data sets are brought together."""
-        later = {"layer", "combination_separator", "context", "prior_effects", "embeddings", "depth"}
+        later = {"layer", "combination_separator", "context", "prior_effects", "embeddings", "depth", "silenced"}
         return self.model_dump(exclude=later)
 
     @model_validator(mode="after")
@@ -59,8 +62,8 @@ class DataConfig(_Section):
             raise ValueError("perturbation_key and control go together")
         if self.perturbation_key in self.condition_keys:
             raise ValueError(f"'{self.perturbation_key}' is the perturbation_key, not one of condition_keys")
-        if self.perturbation_key is None and (self.dose_key or self.embeddings):
-            raise ValueError("dose_key and embeddings need a perturbation_key")
+        if self.perturbation_key is None and (self.dose_key or self.embeddings or self.silenced):
+            raise ValueError("dose_key, embeddings and silenced need a perturbation_key")
         return self
 
 
@@ -205,7 +208,7 @@ def _paper(genes_per_group: int) -> dict[str, Any]:
             "validate_every": 1_000,
             "checkpoint_every": 1_000,
         },
-        "generation": {"steps": 256, "schedule": "cosine", "minibatch_size": 64},
+        "generation": {"steps": 256, "schedule": "cosine", "guidance_space": "logits", "minibatch_size": 64},
     }
 
 

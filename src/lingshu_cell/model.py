@@ -161,6 +161,8 @@ class LingshuCell:
         guidance_space: str | None = None,
         clamp: Mapping[str, int] | None = None,
         tilt: Mapping[str, float] | None = None,
+        prior: str | None = None,
+        de_tables: Path | str | None = None,
         steps: int | str | None = None,
         schedule: str | None = None,
         max_kl: float | None = None,
@@ -194,6 +196,9 @@ class LingshuCell:
             Gene → count that every cell has before the first step.
         tilt
             Gene → factor of its mean.
+        prior, de_tables
+            ``"silenced"`` starts from 1 UMI in the perturbation's target and in the genes that it silences in other
+            identities, by tables of ``lingshu de``, or those of training (``data.silenced``) when not given.
         steps
             Network evaluations per cell, 1 … number of modelled genes, or ``"auto"``: the fewest that keep to
             ``max_kl``; the run's own when not given.
@@ -218,7 +223,13 @@ class LingshuCell:
             On a condition, schedule, seed or number that is not possible.
         """
         steering = steering_of(
-            self._trained, guidance_scale=guidance_scale, guidance_space=guidance_space, clamp=clamp, tilt=tilt
+            self._trained,
+            guidance_scale=guidance_scale,
+            guidance_space=guidance_space,
+            clamp=clamp,
+            tilt=tilt,
+            prior=prior,
+            de_tables=de_tables,
         )
         return generate(
             self._trained,
@@ -250,7 +261,7 @@ class LingshuCell:
         Parameters
         ----------
         n_cells, settings
-            As in :func:`lingshu_cell.generate.generate_chunks`; guidance and priors as ``steering``.
+            As in :func:`lingshu_cell.generate.plan_cells`; guidance and priors as ``steering``.
         out
             The file to write; it appears when it is whole.
         overwrite

@@ -128,7 +128,7 @@ def _with_label(conditioner: Conditioner, condition: dict[str, str], unseen: str
     """
     key = conditioner.perturbation_key
     label = condition.get(key) if key else None
-    if label is None or label in conditioner.vocabulary.fields[key]:
+    if label is None or conditioner.as_category or label in conditioner.vocabulary.fields[key]:
         return conditioner, []
     parts = conditioner.perturbations.parts(label)
     for known in conditioner.vocabulary.fields[key]:
@@ -305,8 +305,8 @@ def _log_depth(conditioner: Conditioner, depth: float | str | None) -> float | N
 
 
 def describe_request(request: Request) -> dict[str, Any]:
-    """Give what was asked for as text and numbers, for ``uns``."""
-    described: dict[str, Any] = {"notes": list(request.notes)}
+    """Give dose and depth asked for as text and numbers, for ``uns``."""
+    described: dict[str, Any] = {}
     if request.standard_dose is not None:
         described["standard_log_dose"] = request.standard_dose
     if request.log_depth is not None:

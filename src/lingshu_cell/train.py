@@ -34,6 +34,7 @@ from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.history import History, lock_run
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
+from lingshu_cell.silenced import SILENCED_FILE, write_silenced
 
 LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
 _VALIDATION_CELLS = 512
@@ -161,6 +162,9 @@ class _Trainer:
             f"{self.config.preset}: {n_parameters / 1e6:.1f} M parameters on {self.device}, "
             f"{len(self.cells.train):,} training cells"
         )
+        if self.config.data.silenced:
+            names = self.conditioner.identity_names(self.cells.condition_NC)
+            write_silenced(self.run, self.cells, names, self.config.data)
         (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
         started, first_step, seconds_before = time.monotonic(), self.step, self.seconds
         with _stop_signals() as stop_asked, contextlib.closing(self.history):
@@ -466,7 +470,7 @@ def _check_output(run: Path, resume: bool) -> None:
     if resume and not run.is_dir():
         raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
     # A run that ended before its first checkpoint leaves only these; starting again over them loses nothing.
-    bare = {".lock", "config.json", "history.csv", "tensorboard"}
+    bare = {".lock", "config.json", "history.csv", "tensorboard", SILENCED_FILE, f"{SILENCED_FILE}.tmp"}
     if not resume and run.exists() and (not run.is_dir() or any(p.name not in bare for p in run.iterdir())):
         raise LingshuError("A new run needs a new folder", f"{run} exists", "Pass --resume, or another --out")
     try:
