@@ -13,7 +13,7 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema errors figures "
     "judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
     "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
-    "network.conditions network.layers network.tilting tokens",
+    "network.conditions network.layers network.rates tokens",
     "checkpoint config data.condition_labels data.count_blocks data.counts data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.labels data.quality data.splits data.store_files "
     "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder guidance_store history "
@@ -28,7 +28,9 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "baselines data.loader data.scan data.training_set evaluate export_vcc2026 network.denoiser response_figures "
     "response_libraries",
     "conditioning data.store_builder evaluate_responses response_section silenced",
-    "prepare request response_report train",
+    "expected_effects",
+    "prepare request response_report validation_conditions",
+    "train",
     "console generate report",
     "aligned_cells calibrate commands.baseline commands.config commands.de commands.embeddings commands.export "
     "commands.generate commands.genes commands.prepare commands.report commands.split commands.train demo",

@@ -69,7 +69,7 @@ def test_w_extrapolates_the_logits_exactly(model):
     x_BG = half_visible(model)
     positions = Positions.where(x_BG == MASK_TOKEN)
     a, a_ref = (model.network(x_BG, c).log_probabilities(positions).double() for c in (asked, control))
-    assert (a - a_ref).abs().max() > 0.3, "the labels matter"
+    assert (a - a_ref).abs().max() > 0.02, "the labels matter"
     for w in (-1.0, 0.0, 0.5, 2.0):
         guided = GuidedDenoiser(model.network, control, w + 1, "logits", torch.zeros(281))(x_BG, asked)
         expected = torch.log_softmax(a_ref + (w + 1) * (a - a_ref), 1)
@@ -80,10 +80,10 @@ def test_w_extrapolates_the_logits_exactly(model):
 def test_0_is_control_and_1_is_conditional(model, space):
     def cells(scale: float, label: str = "IFNB") -> ad.AnnData:
         steering = Steering(guidance_scale=scale, guidance_space=space, guidance_clip=20.0)
-        return generate(model, 12, condition=ASKED | {"perturbation": label}, steering=steering)
+        return generate(model, 8, condition=ASKED | {"perturbation": label}, steering=steering)
 
-    plain = generate(model, 12, condition=ASKED)
-    control = generate(model, 12, condition=ASKED | {"perturbation": "control"})
+    plain = generate(model, 8, condition=ASKED)
+    control = generate(model, 8, condition=ASKED | {"perturbation": "control"})
     assert same_counts(cells(1), plain) and not same_counts(plain, control)
     assert same_counts(cells(3, "control"), control), "control cells are their own reference"
     assert not same_counts(cells(2), plain)

@@ -4,6 +4,8 @@ A run is a folder::
 
     RUN/config.json            the whole configuration
     RUN/history.csv            one row per validation
+    RUN/conditions.csv         how well validation conditions are foretold, where there are any
+    RUN/best.json              the step that foretells them best
     RUN/checkpoint-00001500/   manifest.json and the tensors it lists, with their sha256
 
 The manifest says what the model is (configuration, genes in order, token bins, conditions, data fingerprints, versions,
@@ -27,6 +29,7 @@ from lingshu_cell.checksums import checksum, sha256
 from lingshu_cell.errors import LingshuError
 
 FORMAT_VERSION = 1
+BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
 _MOST_MANIFEST_BYTES = 1 << 28
@@ -69,7 +72,7 @@ class Checkpoint:
 def save_checkpoint(
     run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write a checkpoint beside, rename it when it is whole, and drop all but the newest ``keep``.
+    """Write a checkpoint beside, rename it when it is whole, and drop all but the newest ``keep`` and the best.
 
     Parameters
     ----------
@@ -94,7 +97,7 @@ def save_checkpoint(
     LingshuError
         If the disk is full or the folder cannot be written; the checkpoints before stay whole.
     """
-    final = run / f"checkpoint-{step:08d}"
+    final = run / _name(step)
     draft = run / f".{final.name}.tmp"
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -116,9 +119,50 @@ def save_checkpoint(
         raise LingshuError(
             "The run folder must be writable", f"{run}: {error}", "Free some space or change --out"
         ) from None
+    best = read_best(run)
     for old in _folders(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old.name != _name(best["step"]):
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def mark_best(run: Path, step: int, facts: Mapping[str, Any]) -> None:
+    """Say in ``RUN/best.json`` that the checkpoint of a step, which exists, is the one to generate from."""
+    draft = run / f"{BEST_FILE}.tmp"
+    try:
+        draft.write_text(json.dumps({"step": step, **facts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, run / BEST_FILE)
+    except OSError as error:
+        raise LingshuError("The run folder must be writable", f"{run}: {error}", "Free some space") from None
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """Give what :func:`mark_best` wrote; ``None`` where there is none.
+
+    Raises
+    ------
+    LingshuError
+        If it cannot be read.
+    """
+    if not (run / BEST_FILE).is_file():
+        return None
+    try:
+        best = json.loads((run / BEST_FILE).read_text(encoding="utf-8"))
+        if not isinstance(best["step"], int) or not isinstance(best["condition_explained"], float):
+            raise ValueError("no step or score")
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise LingshuError(
+            "best.json must say which step is best", f"{run / BEST_FILE}: {error}", "Delete this file"
+        ) from None
+    return best
+
+
+def load_best(path: Path | str) -> Checkpoint:
+    """Open the best checkpoint of a run, the newest where none is marked as such, or the checkpoint folder itself."""
+    path = Path(path).expanduser()
+    best = None if _NAME.fullmatch(path.name) else read_best(path)
+    chosen = path if best is None else path / _name(best["step"])
+    return load_checkpoint(chosen if chosen.is_dir() else path)
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -155,6 +199,10 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     if manifest.get("checksum") != checksum(manifest):
         raise _damaged(folder, "manifest.json does not match its checksum")
     return Checkpoint(folder, manifest)
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:08d}"
 
 
 def _folders(run: Path) -> list[Path]:

@@ -146,6 +146,9 @@ class TrainingConfig(_Section):
     depth_dropout: float = Field(
         0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
     )
+    keep_best: bool = Field(
+        True, description="With validation conditions: generate from the step that foretold them best, not the last."
+    )
     validate_every: int = Field(250, ge=1, description="Steps between two validation passes.")
     checkpoint_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of initialisation, minibatches and masks.")

@@ -15,7 +15,7 @@ import torch
 from scipy import sparse
 from torch import nn
 
-from lingshu_cell.checkpoint import Checkpoint, load_checkpoint
+from lingshu_cell.checkpoint import Checkpoint, load_best, load_checkpoint
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.config import Config
 from lingshu_cell.curve_store import load_curve
@@ -92,7 +92,7 @@ class TrainedModel:
 
 
 def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str | None = None) -> TrainedModel:
-    """Load the newest checkpoint of a run for generation.
+    """Load the best checkpoint of a run for generation: the newest, unless validation conditions say otherwise.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
     LingshuError
         If there is no whole checkpoint, or ``weights`` are not among its weights.
     """
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_best(run)
     manifest = checkpoint.manifest
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
@@ -123,7 +123,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
     buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
     network.load_state_dict(buffers | checkpoint.tensors(weights))
-    stored = load_curve(checkpoint)
+    stored = load_curve(checkpoint) or load_curve(load_checkpoint(run))  # the best may be before the curve was measured
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,

@@ -15,7 +15,6 @@ from lingshu_cell.conditioning import (
     LEAST_CONTEXT_CELLS,
     Conditioner,
     ContextTable,
-    EffectTable,
     average_profile,
     scaled_rows,
 )
@@ -23,6 +22,7 @@ from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.data.perturbations import check_log_doses
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary, align_genes, apply_alignment
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.expected_effects import with_expected_effects
 
 UNSEEN = ("error", "embedding")
 
@@ -111,7 +111,8 @@ def resolve_request(
         rows, probabilities = wanted[None], np.ones(1)
     else:
         rows, probabilities = _matching_rows(conditioner, known_rows, known_counts, wanted, condition)
-    conditioner = _with_effects(conditioner, rows, known_rows, profile, notes)
+    conditioner, of_effects = with_expected_effects(conditioner, rows, known_rows, profile)
+    notes += of_effects
     return Request(
         conditioner,
         rows,
@@ -224,36 +225,6 @@ def _with_context(
     )
     notes.append(f"identity told by {cells.n_cells:,} control cells; {alignment.coverage:.0%} of the genes are in them")
     return replace(conditioner, contexts=extended), np.asarray(counts[:, modelled].sum(0)).ravel()
-
-
-def _with_effects(
-    conditioner: Conditioner,
-    rows: np.ndarray,
-    known_rows: np.ndarray,
-    profile: np.ndarray | None,
-    notes: list[str],
-) -> Conditioner:
-    """Add the effects expected of rows that no training cell has."""
-    if conditioner.effects is None or conditioner.prior is None:
-        return conditioner
-    table, known = conditioner.effects, {tuple(row) for row in known_rows.tolist()}
-    effects, added = [], []
-    for row in rows:
-        if tuple(row.tolist()) in known or not conditioner.is_perturbed(row[None])[0]:
-            continue
-        predicted = conditioner.predict_effect(row, profile)
-        if not predicted.found:
-            notes.append("no effect to expect: neither other identities nor embeddings tell of it")
-            continue
-        notes.append(f"expected effect from {predicted.source}; confidence {predicted.confidence:.2f}")
-        effects.append(predicted.delta)
-        added.append(row)
-    if not added:
-        return conditioner
-    extended = EffectTable(
-        np.concatenate([table.effect_KG, np.stack(effects)]), np.concatenate([table.condition_KC, np.stack(added)])
-    )
-    return replace(conditioner, effects=extended)
 
 
 def _matching_rows(

@@ -35,6 +35,8 @@ from lingshu_cell.history import History, lock_run
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.silenced import SILENCED_FILE, write_silenced
+from lingshu_cell.validation_conditions import FILE as CONDITIONS_FILE
+from lingshu_cell.validation_conditions import ValidationConditions
 
 LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
 _VALIDATION_CELLS = 512
@@ -152,6 +154,9 @@ class _Trainer:
         self.smooth_loss: float | None = None
         if resume:
             self._restore()
+        self.conditions = ValidationConditions.of(cells, self.conditioner, self.dose_N)
+        if self.conditions is not None and resume:
+            self.conditions.resume(run, self.step)
         self.history = History(run, self.step, settings.tensorboard)
 
     def run_all(self, on_progress: Callable[[Progress], None], on_note: Callable[[str], None]) -> TrainingResult:
@@ -172,10 +177,10 @@ class _Trainer:
                 gradient_norm = self._optimise()
                 seconds = time.monotonic() - started
                 self.seconds = seconds_before + seconds
-                if self.step % settings.validate_every == 0 or self._finished():
-                    self._validate(gradient_norm, seconds)
                 if self._finished():
                     self._measure_curve()
+                if self.step % settings.validate_every == 0 or self._finished():
+                    self._validate(gradient_norm, seconds)
                 if self.step % settings.checkpoint_every == 0:
                     self._save()
                 speed = (self.step - first_step) / max(seconds, 1e-9)
@@ -265,6 +270,7 @@ class _Trainer:
         if len(self.cells.validation):
             nelbo = float(np.mean(self._validation_nelbo()))
             self.best_known = nelbo
+        of_conditions, is_best = self._measure_conditions()
         g = len(self.cells.modelled)
         self.history.add(
             step=self.step,
@@ -274,7 +280,18 @@ class _Trainer:
             learning_rate=self.optimiser.param_groups[0]["lr"],
             gradient_norm=gradient_norm,
             seconds=seconds,
+            **of_conditions,
         )
+        if is_best and self.settings.keep_best:
+            self._save()
+            self.conditions.keep(self.run, self.step)
+
+    def _measure_conditions(self) -> tuple[dict[str, float], bool]:
+        """Columns of validation conditions, and whether this step foretells them best; nothing where there are none."""
+        if self.conditions is None:
+            return {}, False
+        with self._averaged_weights(), self._autocast():
+            return self.conditions.measure(self.network, self.device, self.run, self.step)
 
     def _validation_nelbo(self) -> list[float]:
         generator = torch.Generator(self.device).manual_seed(0)
@@ -470,7 +487,15 @@ def _check_output(run: Path, resume: bool) -> None:
     if resume and not run.is_dir():
         raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
     # A run that ended before its first checkpoint leaves only these; starting again over them loses nothing.
-    bare = {".lock", "config.json", "history.csv", "tensorboard", SILENCED_FILE, f"{SILENCED_FILE}.tmp"}
+    bare = {
+        ".lock",
+        "config.json",
+        "history.csv",
+        CONDITIONS_FILE,
+        "tensorboard",
+        SILENCED_FILE,
+        f"{SILENCED_FILE}.tmp",
+    }
     if not resume and run.exists() and (not run.is_dir() or any(p.name not in bare for p in run.iterdir())):
         raise LingshuError("A new run needs a new folder", f"{run} exists", "Pass --resume, or another --out")
     try:
