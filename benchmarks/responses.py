@@ -25,7 +25,7 @@ from recording import ROOT, Stopwatch, environment, markdown_table, run_in_child
 
 PEERS = ("scvi_counterfactual", "scvi_arithmetic")  # see peers/scvi_responses.py
 PEER_PYTHON = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
-PEER_SECONDS = 75  # CPU time of training
+PEER_SECONDS, PEER_GENES = 50, 3000  # CPU time of training, and its most variable genes
 BASELINES = ("control_bootstrap", "perturbation_mean", "context_mean", "additive", "ridge", "nearest_neighbour")
 MEAN_BASELINE = "perturbation_mean"  # what the average score is measured from
 CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
@@ -244,6 +244,7 @@ def peer_fold(screen: Screen, name: str, fold: Path, wanted: list[dict[str, Any]
     command += [place / "wanted.json", place / "predicted.h5ad", "--method", method, "--seed", seed]
     command += ["--perturbation-key", screen.perturbation_key, "--control", screen.control]
     command += ["--identity-key", screen.identity_key, "--cpu-seconds", PEER_SECONDS]
+    command += ["--genes", PEER_GENES]
     watch = Stopwatch()
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True)
     return {"generate_seconds": watch.seconds(), "peer": json.loads(done.stdout.splitlines()[-1])}
@@ -408,7 +409,8 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
     ]
     if set(order) & set(PEERS):
         notes.append(
-            f"scVI: {PEER_SECONDS} CPU seconds of training a fold and method, on the same training cells; "
+            f"scVI: {PEER_SECONDS} CPU seconds of training a fold and method, on the same training cells and their "
+            f"{PEER_GENES:,} most variable genes (all others keep the counts of control cells); "
             "`counterfactual` decodes control cells under the perturbation, `arithmetic` shifts their latents."
         )
     if set(order) - set(BASELINES) - set(PEERS):
