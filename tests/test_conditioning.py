@@ -354,7 +354,7 @@ def test_data_that_do_not_fit_the_settings_are_refused(screen, data, rule, findi
         ({"control": None}, "perturbation_key and control go together"),
         ({"perturbation_key": None, "dose_key": None}, "perturbation_key and control go together"),
         ({"condition_keys": ["line", "drug"]}, "'drug' is the perturbation_key, not one of condition_keys"),
-        ({"perturbation_key": None, "control": None}, "dose_key and embeddings need a perturbation_key"),
+        ({"perturbation_key": None, "control": None}, "dose_key, embeddings and silenced need a perturbation_key"),
         ({"control_share": 0.0}, "data.control_share = 0.0: Input should be greater than 0"),
         ({"control_share": 1.5}, "data.control_share = 1.5: Input should be less than or equal to 1"),
     ],

@@ -215,7 +215,7 @@ KNOWN = {"line": "L1", "drug": "P"}
         ({"line": "L1", "drug": "Z+R+Y"}, {"unseen": "embedding"}, "An unseen perturbation needs an embedding",
          "there is none of 'Y', 'Z' (2)", "Embeddings are from drugs.npz; train with a file that has it"),
         ({"line": "L1", "drug": "P+P"}, {}, "A combination must join different perturbations",
-         "'P+P' taken apart at '+' gives \"'P'\", \"'P'\" (2)", None),
+         "'P+P' taken apart at '+' gives 'P', 'P' (2)", None),
         ({"line": "L7", "drug": "P"}, {}, "Conditions must be among those the model was trained on",
          "line has no 'L7' (1)", "Known values: 'L1', 'L2', 'L3' (3)"),
         ({"drug": "Q+R"}, {"unseen": "embedding"},
