@@ -184,6 +184,16 @@ def test_an_impossible_mean_is_approached_and_nothing_is_nan():
     assert mean_of(after_MV) > 10_000 and drawn_M.min() == 280
 
 
+def test_an_autocast_around_changes_nothing():
+    """Generation runs in the autocast of bf16 networks; three digits of bf16 would be no mean."""
+    log_p_MV = torch.stack([log_of(negative_binomial(20, 2)), log_of(poisson(1))])
+    shift_M = torch.tensor([0.7, -0.7])
+    given = (torch.tensor([30, 2]), shift_M, torch.tensor([0.4, 0.7]), mean_of(log_p_MV).log(), log_p_MV[:, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = moved(log_p_MV, shift_M, COUNT_V), move(*given, COUNT_V)
+    assert torch.equal(inside[0], moved(log_p_MV, shift_M, COUNT_V)) and torch.equal(inside[1], move(*given, COUNT_V))
+
+
 def test_dispersion_is_that_of_negative_binomials():
     mean, theta = (torch.tensor(x, dtype=torch.float64) for x in ([20.0, 0.05, 300.0, 1.0], [2.0, 0.3, 0.5, 30.0]))
     np.testing.assert_allclose(dispersion(mean.log(), -theta * torch.log1p(mean / theta)), theta, rtol=1e-4)
