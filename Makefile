@@ -56,7 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 	PYTHON=$(PYTHON) benchmarks/peers/make_venv.sh
 	$(BENCH)/fidelity.py --data pbmc3k
-	@for data in marrow_cd34 dentate_gyrus_mouse; do \
+	@for data in pbmc8k marrow_cd34 dentate_gyrus_mouse; do \
 	  if test -f ../shared/data/$$data.h5ad; then $(BENCH)/fidelity.py --data $$data || exit 1; \
 	  else echo "$$data is not here: left out"; fi; \
 	done

@@ -249,9 +249,9 @@ class GatedDistribution(CountDistribution):
         query_BJE = query(self._h_BD).unflatten(1, (N_STATISTICS, -1))
         codes_GE = self._head.gene_GE
         if len(positions) > len(query_BJE) * len(codes_GE) // _DENSE_FROM:
-            tilt_BGJ = (
-                torch.matmul(query_BJE.flatten(0, 1), codes_GE.T).unflatten(0, (-1, N_STATISTICS)).transpose(1, 2)
-            )
-            return tilt_BGJ[positions.cell_M, positions.gene_M]
+            tilt_BJG = torch.matmul(query_BJE.flatten(0, 1), codes_GE.T)
+            first_M1 = (positions.cell_M * N_STATISTICS * len(codes_GE) + positions.gene_M)[:, None]
+            place_MJ = first_M1 + torch.arange(N_STATISTICS, device=first_M1.device) * len(codes_GE)
+            return tilt_BJG.flatten().index_select(0, place_MJ.flatten()).unflatten(0, (-1, N_STATISTICS))
         query_MJE = query_BJE.index_select(0, positions.cell_M)
-        return torch.einsum("mje,me->mj", query_MJE, codes_GE.index_select(0, positions.gene_M))
+        return (query_MJE * codes_GE.index_select(0, positions.gene_M)[:, None]).sum(-1)
