@@ -37,11 +37,10 @@ from lingshu_cell.commands import (
 )
 from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED
 from lingshu_cell.console import give, say, send_messages_to_stderr
-from lingshu_cell.errors import EXIT_CODE_USER_ERROR, LingshuError
+from lingshu_cell.errors import EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
 
-EXIT_CODE_TROUBLE = 1
 _UsageProblem = typer.BadParameter.__mro__[2]  # ClickException: typer has its own copy of click, or not, by version
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -114,14 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line, code = _one_line(error)
         if line is None:
             raise
-        say(line)
+        if line:
+            say(line)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _one_line(error: Exception) -> tuple[str | None, int]:
-    """What to say of an error and the exit code; nothing for a fault of this program, which deserves its traceback."""
+    """What to say of an error and the exit code; None for a fault of this program, which deserves its traceback."""
     if isinstance(error, LingshuError):
-        return f"error: {error}", EXIT_CODE_USER_ERROR
+        says_it = error.process == int(os.environ.get("RANK", "0"))  # what all processes find wrong, the first says
+        return f"error: {error}" if says_it else "", error.exit_code
     if isinstance(error, _UsageProblem):
         return f"error: {' '.join(error.format_message().split())} See lingshu --help.", EXIT_CODE_USER_ERROR
     if isinstance(error, (_Stopped, typer.Abort)):
