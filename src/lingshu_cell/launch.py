@@ -17,6 +17,8 @@ from lingshu_cell.errors import LostProcessError
 LAUNCHED = "LINGSHU_LAUNCHED"
 """Set in the environment of the processes: who started them says what became of them."""
 
+LOST_REMEDY = "The last checkpoint, if there is one, is whole: go on with --resume and any number of processes"
+
 _ENDING_SECONDS, _GRACE_SECONDS = 5.0, 30.0  # after one ended badly: until the others are asked to end, and made to
 _POLL_SECONDS = 0.05
 
@@ -67,7 +69,7 @@ def launch(arguments: Sequence[str], n_processes: int) -> int:
         raise LostProcessError(
             "All processes must live to the end",
             f"process {lost} of {n_processes} was ended by {signal.Signals(-code).name}",
-            "The last checkpoint is whole: go on with --resume and any number of processes",
+            LOST_REMEDY,
         )
     return code
 
@@ -76,6 +78,7 @@ def _environment(rank: int, n_processes: int, port: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     return {
         "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # without stacks of C++ where a process meets another's end
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

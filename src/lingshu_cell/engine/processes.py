@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lingshu_cell.errors import LingshuError, LostProcessError
-from lingshu_cell.launch import LAUNCHED
+from lingshu_cell.launch import LAUNCHED, LOST_REMEDY
 
 _PATIENCE = timedelta(minutes=30)  # how long a process waits for one that lives but does not come
 _SPOKEN = "lingshu/spoken"
@@ -179,9 +179,9 @@ def _lost(world: World) -> LostProcessError:
     error = LostProcessError(
         "All processes must live to the end",
         f"process {world.rank} of {world.size} found another one gone",
-        "The last checkpoint is whole: go on with --resume and any number of processes",
+        LOST_REMEDY,
     )
-    error.process = world.rank if _first_to_speak(world) and LAUNCHED not in os.environ else -1
+    error.process = world.rank if LAUNCHED not in os.environ and _first_to_speak(world) else -1
     return error
 
 
