@@ -129,7 +129,7 @@ def _one_line(error: Exception) -> tuple[str | None, int]:
         return "stopped by Ctrl-C", EXIT_CODE_INTERRUPTED
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
-        remedy = "Lower --minibatch-size or training.minibatch_size, use fewer cells, or a smaller network"
+        remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"
         return f"error: Memory must suffice: {text[:200] or 'it ran out'}. {remedy}.", EXIT_CODE_TROUBLE
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone; so may we

@@ -117,6 +117,8 @@ def processes(device: torch.device) -> Iterator[World]:
         yield World()
         return
     store, rank, size = next(dist.rendezvous("env://"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     world = World(rank, size, local_rank(), store)
@@ -156,15 +158,18 @@ def pick_device(name: str) -> torch.device:
         raise LingshuError(
             "The device must be usable", f"'{name}'", "Choose auto, cpu, or cuda on a machine with a GPU"
         )
-    if device.type == "cuda" and device.index is None and local_rank() > 0:
-        if local_rank() >= torch.cuda.device_count():
-            raise LingshuError(
-                "Every process needs a GPU of its own",
-                f"{torch.cuda.device_count()} GPUs here, process {local_rank() + 1} on this machine asks for one",
-                "Start fewer processes, or choose --set training.device=cpu",
-            )
-        device = torch.device("cuda", local_rank())
-    return device
+    if device.type == "cpu" or local_rank() == 0:
+        return device
+    if device.index is not None or local_rank() >= torch.cuda.device_count():
+        asked = f"all ask for {name}" if device.index is not None else f"{torch.cuda.device_count()} GPUs are here"
+        error = LingshuError(
+            "Every process on a machine needs a GPU of its own",
+            f"process {local_rank() + 1} has none: {asked}",
+            "Start fewer processes, or choose --set training.device=cuda or cpu",
+        )
+        error.process = int(os.environ["RANK"])
+        raise error
+    return torch.device("cuda", local_rank())
 
 
 def _is_loss(error: Exception) -> bool:
