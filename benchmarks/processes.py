@@ -213,10 +213,11 @@ def main() -> None:
         f"{'yes' if killed['one_line_each'] else 'no'}. Largest relative difference of loss and held-out NELBO from "
         f"the run that nobody disturbed: {killed['largest_relative_difference']:.1e}."
     )
+    size = f"{runs[0]['n_parameters'] / 1e6:.1f} M parameters"
     about = (
-        f"Preset small on PBMC 3k ({runs[0]['n_parameters'] / 1e6:.1f} M parameters), {STEPS} steps of 128 cells on CPU through gloo, one "
-        "thread per process. CPU seconds count the whole of `train` in all processes, reading the data in each included. "
-        "GPUs and NCCL were not to be had. The formula counts 4 bytes per parameter: DDP 2 (N - 1), FSDP2 at most 3 (N - 1)."
+        f"Preset small on PBMC 3k ({size}), {STEPS} steps of 128 cells on CPU through gloo, one thread each. CPU "
+        "seconds count the whole of `train` in all processes, reading the data in each included. GPUs and NCCL were "
+        "not to be had. The formula counts 4 bytes per parameter: DDP 2 (N - 1), FSDP2 at most 3 (N - 1)."
     )
     write_result("processes-cpu", about, facts, {"runs": runs, "kills": killed}, [markdown_table(header, rows), text])
 

@@ -177,7 +177,8 @@ class _Trainer:
             (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
         started, first_step, seconds_before = time.monotonic(), self.step, self.seconds
         asked = False
-        with stop_signals(world.size > 1) as stop_asked, contextlib.closing(self.history or _Nothing()):
+        history = contextlib.closing(self.history) if self.history else contextlib.nullcontext()
+        with stop_signals(world.size > 1) as stop_asked, history:
             while not self._finished() and not asked:
                 gradient_norm, asked, seconds = self._optimise(stop_asked, started)
                 self.seconds = seconds_before + seconds
@@ -350,13 +351,6 @@ class _Trainer:
         self.best_known = manifest["validation_nelbo_nats_per_cell"]
         self.losses = Losses(manifest["first_loss"], manifest["smooth_loss"])
         self.seconds = manifest["seconds"] or 0.0
-
-
-class _Nothing:
-    """Stands where the first process has its history."""
-
-    def close(self) -> None:
-        """Close nothing."""
 
 
 def _say_nothing(anything: object) -> None:
