@@ -10,31 +10,33 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema errors figures "
-    "judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
+    "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema engine errors "
+    "figures judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
     "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
     "network.conditions network.layers network.rates tokens",
     "checkpoint config data.condition_labels data.count_blocks data.counts data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.labels data.quality data.splits data.store_files "
-    "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder guidance_store history "
-    "metrics.catalogue metrics.cell_eval metrics.cell_eval2 metrics.folder network.distribution "
-    "network.perturbation pages response_judgement",
+    "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping evaluation_folder "
+    "guidance_store history launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 metrics.folder "
+    "network.distribution network.perturbation pages response_judgement",
     "commands.options data.anndata_io data.condition_splits data.de_tables data.embedding_sources data.gene_doctor "
     "data.perturbations data.prior_effects data.shards data.store_writer diffusion.information diffusion.loss "
-    "diffusion.sampler diffusion.tilt network.compression network.gate_head",
+    "diffusion.sampler diffusion.tilt engine.minibatch engine.optimiser engine.processes network.compression "
+    "network.gate_head",
     "check_vcc2026 curve_store data.sources data.split_files data.store diffusion.guidance diffusion.plan "
-    "diffusion.priors metrics.differential metrics.inputs network.set_denoiser network.transformer_denoiser "
-    "perturbation_effects response_samples run_config",
-    "baselines data.loader data.scan data.training_set evaluate export_vcc2026 network.denoiser response_figures "
-    "response_libraries",
+    "diffusion.priors engine.sharding metrics.differential metrics.inputs network.set_denoiser "
+    "network.transformer_denoiser perturbation_effects response_samples run_config",
+    "baselines data.loader data.scan data.training_set engine.gradients evaluate export_vcc2026 network.denoiser "
+    "response_figures response_libraries",
     "conditioning data.store_builder evaluate_responses response_section silenced",
-    "expected_effects",
+    "engine.run_state expected_effects",
     "prepare request response_report validation_conditions",
     "train",
-    "console generate report",
-    "aligned_cells calibrate commands.baseline commands.config commands.de commands.embeddings commands.export "
-    "commands.generate commands.genes commands.prepare commands.report commands.split commands.train demo",
-    "commands.calibrate commands.demo model schedule",
+    "generate report",
+    "aligned_cells calibrate console demo",
+    "commands.baseline commands.calibrate commands.config commands.de commands.demo commands.embeddings "
+    "commands.export commands.generate commands.genes commands.prepare commands.report commands.split commands.train "
+    "model schedule",
     "",  # the package itself, lingshu_cell/__init__.py
     "commands.evaluate commands.info commands.schedule",
     "cli",

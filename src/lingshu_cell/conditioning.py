@@ -50,15 +50,15 @@ class ContextTable:
     first_I: np.ndarray
     n_I: np.ndarray
 
-    def rows(self, identity_NC: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """Give the profile of each cell, 0 = none: that of all control cells, or with ``rng`` a random part's."""
+    def rows(self, identity_NC: np.ndarray, uniform_N: np.ndarray | None) -> np.ndarray:
+        """Give the profile of each cell, 0 = none: that of all control cells, or the random part that uniforms say."""
         if not len(self.first_I):
             return np.zeros(len(identity_NC), dtype=np.int64)
         place = _find_rows(self.identity_IC, identity_NC)
         known = place >= 0
         row = np.where(known, self.first_I[place], 0)
-        if rng is not None:
-            row += np.where(known, np.floor(rng.random(len(row)) * self.n_I[place]).astype(np.int64), 0)
+        if uniform_N is not None:
+            row += np.where(known, np.floor(uniform_N * self.n_I[place]).astype(np.int64), 0)
         return row
 
 
@@ -173,7 +173,7 @@ class Conditioner:
         *,
         dose_N: np.ndarray | None = None,
         log_depth_N: np.ndarray | None = None,
-        rng: np.random.Generator | None = None,
+        context_uniform_N: np.ndarray | None = None,
     ) -> Conditions:
         """Tell a denoiser about cells.
 
@@ -185,8 +185,9 @@ class Conditioner:
             Standardised log doses; mean dose where not given.
         log_depth_N
             log library sizes to be had, NaN = open; all open where not given.
-        rng
-            Source of the random parts of control cells, in training; without it contexts are of all control cells.
+        context_uniform_N
+            Uniforms in [0, 1) that choose the random parts of control cells, in training; without them contexts are of
+            all control cells.
 
         Returns
         -------
@@ -209,7 +210,7 @@ class Conditioner:
         if self.contexts is not None:
             identity_NC = condition_NC.copy()
             identity_NC[:, field] = 0
-            row_N = self.contexts.rows(identity_NC, rng)
+            row_N = self.contexts.rows(identity_NC, context_uniform_N)
             told = replace(told, context=_profiles(self.contexts.profile_KJG, row_N))
         if self.effects is not None:
             row_N = self.effects.rows(condition_NC)

@@ -109,7 +109,13 @@ class TrainingConfig(_Section):
     max_seconds: float | None = Field(
         None, gt=0, description="Training ends after so many seconds if not earlier; the learning rate follows."
     )
-    minibatch_size: int = Field(128, ge=1, description="Cells per optimiser step.")
+    minibatch_size: int = Field(128, ge=1, description="Cells per optimiser step, over all processes.")
+    microbatch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Cells that each process computes at once; auto: all, and half when memory runs out."
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none", description="With several processes: each holds the whole network (DDP), or a part of it (FSDP2)."
+    )
     peak_learning_rate: float = Field(2e-3, gt=0, description="Learning rate after warm-up.")
     final_learning_rate: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 EXIT_CODE_USER_ERROR = 2
+EXIT_CODE_TROUBLE = 1
 _MOST_OFFENDERS = 5
 
 
@@ -17,11 +18,27 @@ class LingshuError(ValueError):
         What was found instead, with at most five offenders and their number (see :func:`offenders`).
     remedy
         What the user can do about it.
+
+    Attributes
+    ----------
+    exit_code
+        Of the command line.
+    process
+        Which of several processes says it; the others end silently.
     """
+
+    exit_code = EXIT_CODE_USER_ERROR
+    process = 0
 
     def __init__(self, rule: str, finding: str, remedy: str) -> None:
         self.rule, self.finding, self.remedy = (_one_line(part) for part in (rule, finding, remedy))
         super().__init__(f"{self.rule}: {self.finding}. {self.remedy}.")
+
+
+class LostProcessError(LingshuError):
+    """One of several processes is gone, so the others cannot go on: nobody's mistake, and the command exits with 1."""
+
+    exit_code = EXIT_CODE_TROUBLE
 
 
 def offenders(items: Iterable[object]) -> str:

@@ -154,22 +154,25 @@ class ValidationConditions:
         x_0_BG = torch.from_numpy(self.tokens).to(device)
         return float(validation_nelbo(denoise, x_0_BG, told, generator, _N_MASKS).mean())
 
-    def measure(self, denoise: Denoise, device: torch.device, run: Path, step: int) -> tuple[dict[str, float], bool]:
-        """Score all conditions and append them to ``RUN/conditions.csv``.
+    def measure(self, denoise: Denoise, device: torch.device) -> tuple[list[Score], float]:
+        """Score all conditions, and give the NELBO of their cells; the network is in evaluation mode."""
+        return self.scores(denoise, device), self.nelbo(denoise, device)
+
+    def take_in(self, measured: tuple[list[Score], float]) -> tuple[dict[str, float], bool]:
+        """Remember the best step by what :meth:`measure` gave.
 
         Returns
         -------
         tuple
             Columns of history.csv, and whether no step before was better.
         """
-        scores = self.scores(denoise, device)
-        self._append(run, step, scores)
+        scores, nelbo = measured
         slopes = [score.slope for score in scores if score.slope is not None]
         score = float(np.mean([one.explained for one in scores]))
         improved = self.best is None or score > self.best
         self.best = score if improved else self.best
         return {
-            "condition_nelbo": self.nelbo(denoise, device),
+            "condition_nelbo": nelbo,
             "condition_r": float(np.mean([one.r for one in scores])),
             "condition_slope": float(np.mean(slopes)) if slopes else None,
             "condition_explained": score,
@@ -179,22 +182,23 @@ class ValidationConditions:
         """Say that the checkpoint of a step, which was just measured and saved, is the best."""
         mark_best(run, step, {"condition_explained": self.best, "conditions": list(self.names)})
 
-    def resume(self, run: Path, step: int) -> None:
-        """Go on from a step: forget what was measured after it."""
+    def resume(self, run: Path, step: int, is_first: bool = True) -> None:
+        """Go on from a step: forget what was measured after it; the first process mends the table too."""
         best = read_best(run)
         if best is not None and best["step"] <= step:
             self.best = best["condition_explained"]
         path = run / FILE
-        if path.is_file():
+        if is_first and path.is_file():
             with open(path, newline="", encoding="utf-8") as stream:
                 kept = [row for row in csv.DictReader(stream) if int(row["step"]) <= step]
             _write(path, kept, "w")
 
-    def _append(self, run: Path, step: int, scores: Sequence[Score]) -> None:
+    def write(self, run: Path, step: int, measured: tuple[list[Score], float]) -> None:
+        """Append what :meth:`measure` gave to ``RUN/conditions.csv``."""
         rows = [
             {"step": step, "condition": name, "r": s.r, "slope": "" if s.slope is None else s.slope,
              "explained": s.explained}
-            for name, s in zip(self.names, scores, strict=True)
+            for name, s in zip(self.names, measured[0], strict=True)
         ]  # fmt: skip
         _write(run / FILE, rows, "a")
 
