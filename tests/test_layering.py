@@ -14,12 +14,14 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
     "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
     "network.conditions network.layers network.tilting tokens",
-    "checkpoint config data.condition_labels data.count_blocks data.counts data.effects data.gene_embeddings "
+    "arguments data.containers input_files",
+    "checkpoint config data.condition_labels data.counts data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.labels data.perturbations data.quality data.splits data.store_files "
     "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder guidance_store history "
     "metrics.catalogue metrics.cell_eval metrics.cell_eval2 metrics.folder network.distribution "
     "network.perturbation pages response_judgement",
-    "commands.options data.anndata_io data.condition_splits data.de_tables data.embedding_sources data.gene_doctor "
+    "commands.options data.anndata_io data.condition_splits data.count_blocks "
+    "data.de_tables data.embedding_sources data.gene_doctor "
     "data.prior_effects data.shards data.store_writer diffusion.information diffusion.loss diffusion.sampler "
     "diffusion.tilt network.compression network.gate_head",
     "check_vcc2026 curve_store data.sources data.split_files data.store diffusion.guidance diffusion.plan "

@@ -15,11 +15,13 @@ import torch
 from scipy import sparse
 from torch import nn
 
-from lingshu_cell.checkpoint import Checkpoint, load_checkpoint
+from lingshu_cell.arguments import is_finite, mapping, whole_number
+from lingshu_cell.checkpoint import Checkpoint, load_checkpoint, reading
 from lingshu_cell.conditioning import Conditioner
-from lingshu_cell.config import Config
+from lingshu_cell.config import Config, SetConfig
 from lingshu_cell.curve_store import load_curve
 from lingshu_cell.data.anndata_io import H5adWriter
+from lingshu_cell.data.counts import MOST_COUNTS
 from lingshu_cell.data.tokenizer import decode, encode, token_midpoints
 from lingshu_cell.data.training_set import RareGenes
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
@@ -108,21 +110,28 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         If there is no whole checkpoint, or ``weights`` are not among its weights.
     """
     checkpoint = load_checkpoint(run)
+    with reading(checkpoint):
+        return _model_of(checkpoint, device, weights)
+
+
+def _model_of(checkpoint: Checkpoint, device: torch.device | str, weights: str | None) -> TrainedModel:
     manifest = checkpoint.manifest
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
     conditioner = Conditioner.from_saved(
         manifest["conditioning"], {k: v for k, v in checkpoint.tensors("conditioning").items() if k != "none"}
     )
-    midpoints = torch.from_numpy(token_midpoints())
-    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     averages = [f"ema_{sigma_rel:.2f}" for sigma_rel in config.training.ema_sigma_rel]
     weights = weights or averages[0]
     if weights not in ("weights", *averages):
         raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
+    stored = checkpoint.tensors(weights)
+    _check_weights(config, len(data["modelled"]), stored)
+    midpoints = torch.from_numpy(token_midpoints())
+    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
-    network.load_state_dict(buffers | checkpoint.tensors(weights))
-    stored = load_curve(checkpoint)
+    network.load_state_dict(buffers | stored)
+    curve = load_curve(checkpoint)
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,
@@ -134,8 +143,21 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         condition_rows=data["condition_rows"].numpy(),
         condition_row_counts=data["condition_row_counts"].numpy(),
         rare=rare,
-        curve=None if stored is None else stored.curve,
+        curve=None if curve is None else curve.curve,
     )
+
+
+def _check_weights(config: Config, n_genes: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that no training leaves, before a network as large as the settings say is built for them."""
+    network = config.network
+    least = network.n_blocks * network.width * network.feedforward_width
+    least += n_genes * network.gene_width if isinstance(network, SetConfig) else network.genes_per_group * network.width
+    n_stored = sum(value.numel() for value in weights.values())
+    if least > n_stored:
+        raise ValueError(f"its settings need {least:,} weights or more, {n_stored:,} are stored")
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"weights that are not finite: {offenders(broken)}")
 
 
 def resolve_schedule(
@@ -248,17 +270,13 @@ def generate_chunks(
     LingshuError
         On unknown conditions, genes or schedules, or an impossible number of steps or cells.
     """
-    if n_cells < 1:
-        raise LingshuError("The number of cells must be 1 or more", f"{n_cells}", "Change --n")
-    if first < 0:
-        raise LingshuError("The index of the first cell must be 0 or more", f"{first}", "Change first")
     defaults = model.config.generation
     minibatch_size = defaults.minibatch_size if minibatch_size is None else minibatch_size
-    if minibatch_size < 1:
-        raise LingshuError("The minibatch size must be 1 or more", f"{minibatch_size}", "Change it")
     seed = defaults.seed if seed is None else seed
-    if not 0 <= seed < 2**31:
-        raise LingshuError("The seed must lie between 0 and 2147483647", f"{seed}", "Change --seed")
+    n_cells = whole_number(n_cells, "The number of cells", 1, remedy="Change --n")
+    first = whole_number(first, "The index of the first cell")
+    minibatch_size = whole_number(minibatch_size, "The minibatch size", 1, remedy="Change --minibatch-size")
+    seed = whole_number(seed, "The seed", 0, 2**31 - 1, "Change --seed")
     grid = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl).grid
     tile = defaults.tile_size
     per_chunk = -(-minibatch_size // tile) * tile
@@ -298,7 +316,8 @@ def steering_of(
         guidance |= {"guidance_scale": calibrated.scale, "guidance_space": calibrated.space}
     names = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
     chosen = {name: getattr(defaults, name) if guidance.get(name) is None else guidance[name] for name in names}
-    return Steering(**chosen, clamp=clamp or {}, tilt=tilt or {})
+    clamp = mapping(clamp, "Clamped genes", '{"STAT1": 0}')
+    return Steering(**chosen, clamp=clamp, tilt=mapping(tilt, "Tilted genes", '{"STAT1": 0.5}'))
 
 
 def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, **asked: Any) -> Request:
@@ -457,7 +476,7 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
         raise LingshuError(
             "The space of guidance must exist", f"'{steering.guidance_space}'", f"Choose {', '.join(GUIDANCE_SPACES)}"
         )
-    if not (np.isfinite(steering.guidance_scale) and steering.guidance_scale >= 0):
+    if not (is_finite(steering.guidance_scale) and steering.guidance_scale >= 0):
         raise LingshuError(
             "The strength of guidance must be a number of 0 or more", f"{steering.guidance_scale}", "1 is as trained"
         )
@@ -474,9 +493,11 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
             raise LingshuError(
                 f"Only modelled genes can be {name}", f"{offenders(rare)} was too rare in training", "Leave it out"
             )
-    if any(not (np.isfinite(count) and count >= 0 and count == int(count)) for count in steering.clamp.values()):
+    if any(
+        not (is_finite(count) and 0 <= count <= MOST_COUNTS and count % 1 == 0) for count in steering.clamp.values()
+    ):
         raise LingshuError("A clamped gene needs a whole count", f"{dict(steering.clamp)}", "Write for example STAT1=1")
-    if any(not (np.isfinite(factor) and factor > 0) for factor in steering.tilt.values()):
+    if any(not (is_finite(factor) and factor > 0) for factor in steering.tilt.values()):
         raise LingshuError("A tilt is a factor above 0", f"{dict(steering.tilt)}", "Write for example STAT1=0.2")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lingshu_cell.checkpoint import load_checkpoint, save_checkpoint
+from lingshu_cell.checkpoint import Checkpoint, load_checkpoint, reading, save_checkpoint
 from lingshu_cell.conditioning import build_conditioner, standard_doses
 from lingshu_cell.config import Config, DataConfig, TrainingConfig
 from lingshu_cell.data.anndata_io import read_counts
@@ -32,6 +32,7 @@ from lingshu_cell.diffusion.noising import MaskLaw
 from lingshu_cell.ema import PowerEma
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.history import History, lock_run
+from lingshu_cell.input_files import expanded
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
 
@@ -104,7 +105,7 @@ def train(
     LingshuError
         For unusable data or settings, an output that exists, or a loss that is no longer finite.
     """
-    run = Path(out).expanduser()
+    run = expanded(out)
     _check_output(run, resume)
     try:
         data_sets = [read_counts(source, config.data.layer, _label_keys(config.data)) for source in sources]
@@ -369,6 +370,10 @@ class _Trainer:
 
     def _restore(self) -> None:
         checkpoint = load_checkpoint(self.run)
+        with reading(checkpoint):
+            self._take_over(checkpoint)
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
         _check_same(manifest, self._manifest())
         _copy(checkpoint.tensors("weights"), self.parameters)
@@ -414,7 +419,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+        n_devices = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+        usable = n_devices > (device.index or 0)
     except RuntimeError:
         usable = False
     if not usable:
