@@ -3,7 +3,7 @@
 Shapes: B cells of a tile, G modelled genes, C condition fields.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def _model_of(checkpoint: Checkpoint, device: torch.device | str, weights: str |
     manifest = checkpoint.manifest
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
+    genes = GeneVocabulary.from_json(manifest["genes"])
     conditioner = Conditioner.from_saved(
         manifest["conditioning"], {k: v for k, v in checkpoint.tensors("conditioning").items() if k != "none"}
     )
@@ -125,6 +126,7 @@ def _model_of(checkpoint: Checkpoint, device: torch.device | str, weights: str |
     weights = weights or averages[0]
     if weights not in ("weights", *averages):
         raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
+    _check_data(data, len(genes), conditioner.vocabulary.sizes, manifest["n_training_cells"])
     stored = checkpoint.tensors(weights)
     _check_weights(config, len(data["modelled"]), stored)
     midpoints = torch.from_numpy(token_midpoints())
@@ -137,7 +139,7 @@ def _model_of(checkpoint: Checkpoint, device: torch.device | str, weights: str |
         checkpoint=checkpoint,
         config=config,
         network=network.to(device).eval(),
-        genes=GeneVocabulary.from_json(manifest["genes"]),
+        genes=genes,
         modelled=data["modelled"].numpy(),
         conditioner=conditioner,
         condition_rows=data["condition_rows"].numpy(),
@@ -145,6 +147,23 @@ def _model_of(checkpoint: Checkpoint, device: torch.device | str, weights: str |
         rare=rare,
         curve=None if curve is None else curve.curve,
     )
+
+
+def _check_data(data: Mapping[str, torch.Tensor], n_genes: int, sizes: Sequence[int], n_training_cells: Any) -> None:
+    """Refuse places of genes, and condition rows, that are out of range."""
+    modelled, gene, count = (data[name].numpy() for name in ("modelled", "rare_gene", "rare_count"))
+    rows, row_counts = data["condition_rows"].numpy(), data["condition_row_counts"].numpy()
+    n_cells = whole_number(n_training_cells, "The number of training cells", 1)
+    whole = [array.dtype.kind == "i" for array in (modelled, gene, count, rows, row_counts)]
+    shapes = modelled.ndim == gene.ndim == row_counts.ndim == 1 and gene.shape == count.shape
+    if not (all(whole) and shapes and len(modelled) and rows.shape == (len(row_counts), len(sizes))):
+        raise ValueError("genes and condition rows of other types or shapes")
+    in_range = modelled[0] >= 0 and modelled[-1] < n_genes and (np.diff(modelled) > 0).all()
+    in_range = in_range and ((gene >= 0) & (gene < n_genes) & (count > 0)).all()
+    if not (in_range and len(rows) and ((rows >= 0) & (rows < np.array(sizes, dtype=np.int64))).all()):
+        raise ValueError("genes or condition rows out of range")
+    if not ((row_counts > 0).all() and row_counts.sum() <= n_cells):
+        raise ValueError(f"condition rows of {row_counts.sum():,} cells, {n_cells:,} in training")
 
 
 def _check_weights(config: Config, n_genes: int, weights: Mapping[str, torch.Tensor]) -> None:

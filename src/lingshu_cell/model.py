@@ -345,6 +345,11 @@ def run_info(run: Path | str) -> dict[str, Any]:
 
 def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
+    numbers = ("n_parameters", "n_modelled_genes", "n_training_cells", "n_validation_cells")
+    if not all(isinstance(manifest[name], int) for name in numbers):
+        raise ValueError(f"no whole numbers in {', '.join(numbers)}")
+    if not all(isinstance(manifest[name], dict) for name in ("conditions", "versions")):
+        raise ValueError("conditions or versions are no object")
     nelbo, n_modelled = manifest["validation_nelbo_nats_per_cell"], manifest["n_modelled_genes"]
     return {
         "run": str(checkpoint.folder.parent),

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from malformed.harness import Case
 
-MODULES = ("counts_cases", "file_cases", "settings_cases", "table_cases")
+MODULES = ("counts_cases", "file_cases", "settings_cases", "table_cases", "folder_cases")
 
 
 @cache

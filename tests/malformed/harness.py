@@ -181,7 +181,7 @@ def _become(name: str, folder: Path, examples: Path, out: Path, err: Path, facts
     try:
         for number, file in ((1, out), (2, err)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        told = open(facts, "w")  # now: the case may give up its rights
+        told = open(facts, "w")  # noqa: SIM115 - now, as the case may give up its rights
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", errors=e, buffering=1, closefd=False)
                                   for n, e in ((1, "strict"), (2, "backslashreplace")))  # fmt: skip

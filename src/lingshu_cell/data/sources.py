@@ -441,7 +441,7 @@ def _check_places(triple: np.ndarray, shape: tuple[int, int]) -> None:
         places = triple[:, column]
         wrong = ~((places >= 1) & (places <= most) & (places == np.floor(places)))
         if wrong.any():
-            raise ValueError(f"{what} {places[wrong][0]:g} in matrix.mtx, which has {most}")
+            raise ValueError(f"matrix.mtx names {what} {places[wrong][0]:g}, which is out of range: it has {most}")
 
 
 def _in_pieces(triple: np.ndarray, first: int, stop: int, n_genes: int) -> Iterator[sparse.csr_matrix]:
