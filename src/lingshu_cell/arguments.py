@@ -32,11 +32,12 @@ def whole_number(value: Any, what: str, least: int = 0, most: int | None = None,
     LingshuError
         If it is none, or out of bounds.
     """
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if is_whole and least <= value and (most is None or value <= most):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise LingshuError(f"{what} must be a whole number", repr(value), remedy)
+    if least <= value and (most is None or value <= most):
         return int(value)
-    bounds = f"{least} or more" if most is None else f"between {least} and {most}"
-    raise LingshuError(f"{what} must be a whole number, {bounds}", repr(value), remedy)
+    bounds = f"must be {least} or more" if most is None else f"must lie between {least} and {most}"
+    raise LingshuError(f"{what} {bounds}", f"{value}", remedy)
 
 
 def is_finite(value: Any) -> bool:

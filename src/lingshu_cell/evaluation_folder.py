@@ -89,7 +89,7 @@ def read_evaluation(directory: Path) -> Evaluation:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    return read_json(path, f"{path.name} must be a JSON object", _EVALUATE_AGAIN)
+    return read_json(path, f"{path.name} must be valid JSON", _EVALUATE_AGAIN)
 
 
 def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:

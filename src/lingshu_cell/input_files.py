@@ -11,11 +11,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any
 
 from lingshu_cell.errors import LingshuError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_SETTINGS_BYTES = 1 << 26
 HARMLESS_BYTES = 1 << 26
@@ -146,7 +147,7 @@ def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -
     return io.TextIOWrapper(open_binary(path), encoding=encoding, newline=newline)
 
 
-def read_npz(path: Path) -> Mapping[str, np.ndarray]:
+def read_npz(path: Path) -> "Mapping[str, np.ndarray]":
     """Read all arrays of an npz file whose headers announce what is stored; no pickles.
 
     Raises
@@ -154,6 +155,8 @@ def read_npz(path: Path) -> Mapping[str, np.ndarray]:
     ValueError, OSError, zipfile.BadZipFile
         If the file is damaged, or an array would be larger than its bytes.
     """
+    import numpy as np  # here, as help must not wait for it
+
     most = max(HARMLESS_BYTES, MOST_UNPACKED * path.stat().st_size)
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > most:
@@ -167,8 +170,10 @@ def read_npz(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def _check_header(stream: IO[bytes], member: zipfile.ZipInfo) -> None:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(stream)
     n_values = 1
     for length in shape:

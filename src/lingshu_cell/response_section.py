@@ -131,7 +131,7 @@ def read_responses(folder: Path) -> tuple[pd.DataFrame, dict]:
     """
     folder = Path(folder)
     try:
-        record = read_json(folder / "responses.json", "responses.json must be a JSON object", _AGAIN)
+        record = read_json(folder / "responses.json", "An evaluation of responses must be whole", _AGAIN)
         refuse_special(folder / "conditions.csv", "conditions.csv must be a table")
         table = pd.read_csv(folder / "conditions.csv", dtype={"identity": str, "perturbation": str})
     except LingshuError:
