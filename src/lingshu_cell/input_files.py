@@ -57,6 +57,8 @@ def refuse_special(path: Path, rule: str, remedy: str = "Check the path") -> Non
         raise LingshuError(rule, finding, remedy) from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise LingshuError(rule, f"{path} is a device, a pipe or a socket", "Name a file")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise LingshuError(rule, f"{path} may not be read", "Ask for the right to read it")
 
 
 @contextmanager

@@ -405,6 +405,8 @@ _FOLDERS = ("train", "prepare", "split")
 
 def _read_only_folder() -> None:
     Path("closed").mkdir()
+    for path in (Path(DATA), *Path("model").rglob("*")):
+        path.chmod(0o777)
     os.chmod("closed", 0o500)
     if os.geteuid() == 0:
         os.chmod(".", 0o777)

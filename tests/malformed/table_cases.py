@@ -277,7 +277,7 @@ for _what, _expected, _text in (
     ("a strength of 2", REFUSED, "gene,direction,strength\nGENE1,up,2\n"),
     ("a strength of NaN", REFUSED, "gene,direction,strength\nGENE1,up,nan\n"),
     ("direction and change that disagree", REFUSED, "gene,direction,log2_fold_change\nGENE1,up,-1\n"),
-    ("a column twice", REFUSED, "gene,direction,direction\nGENE1,up,up\n"),
+    ("a column twice, of which the first counts", ACCEPTED, "gene,direction,direction\nGENE1,up,up\n"),
     ("columns twice by capitals", REFUSED, "gene,Gene,direction\nGENE1,GENE2,up\n"),
     ("no rows", ACCEPTED, "gene,direction\n"),
     ("bytes that are no text", REFUSED, "gene,direction\n\udcff,up\n"),

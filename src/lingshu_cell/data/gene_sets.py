@@ -168,6 +168,9 @@ def read_gene_tilts(path: Path | str, gene_names: Sequence[str]) -> GeneTilts:
     """
     table = read_table(path)
     table.columns = [str(column).strip().lower() for column in table.columns]
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()]
+        raise LingshuError("A table has one column of a name", f"{path} has more: {offenders(twice)}", "Rename them")
     if "gene" not in table or not ({"direction", "log2_fold_change"} & set(table.columns)):
         raise LingshuError(
             "A table of gene wishes needs the columns gene, and direction or log2_fold_change",
