@@ -16,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from torch import Tensor
 
 from lingshu_cell.checksums import checksum, sha256
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.input_files import expanded, read_json, refuse_special
 
 FORMAT_VERSION = 1
 BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
 _MOST_MANIFEST_BYTES = 1 << 28
+_WHOLE = "A checkpoint must be whole"
+_REMEDY = "Delete this folder to use the checkpoint before it, or copy it again from where it came"
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,28 @@ class Checkpoint:
         if expected is None or not _TENSOR_FILE.fullmatch(file):
             raise _damaged(self.folder, f"the manifest lists no {file}")
         try:
+            refuse_special(self.folder / file, _WHOLE, _REMEDY)
             if sha256(self.folder / file) != expected:
                 raise _damaged(self.folder, f"{file} does not match its checksum")
             return load_file(self.folder / file)
         except (OSError, SafetensorError) as error:
             raise _damaged(self.folder, f"{file}: {error}") from None
+
+
+@contextmanager
+def reading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what goes wrong while a model is built from a checkpoint into an error that names the folder.
+
+    A checkpoint whose checksums fit may still hold what no run wrote: missing entries, other types, tensors of other
+    shapes.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, LingshuError):
+            raise
+        finding = f"it holds what no run writes ({type(error).__name__}: {str(error)[:300]})"
+        raise _damaged(checkpoint.folder, finding) from None
 
 
 def save_checkpoint(
@@ -173,7 +194,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     LingshuError
         If there is none, or its manifest is damaged, of a newer format, or not ours.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     folders = [path] if _NAME.fullmatch(path.name) else _folders(path)
     if not folders or not folders[-1].is_dir():
         raise LingshuError(
@@ -182,13 +203,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             "Pass the folder that lingshu train --out wrote",
         )
     folder = folders[-1]
-    try:
-        if (folder / "manifest.json").stat().st_size > _MOST_MANIFEST_BYTES:
-            raise _damaged(folder, "manifest.json is too large")
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise _damaged(folder, f"manifest.json: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_json(folder / "manifest.json", _WHOLE, _REMEDY, _MOST_MANIFEST_BYTES)
+    if not isinstance(manifest.get("files"), dict):
         raise _damaged(folder, "manifest.json is no manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise LingshuError(
@@ -219,8 +235,4 @@ def _to_disk(folder: Path) -> None:
 
 
 def _damaged(folder: Path, finding: str) -> LingshuError:
-    return LingshuError(
-        "A checkpoint must be whole",
-        f"{folder}: {finding}",
-        "Delete this folder to use the checkpoint before it, or copy it again from where it came",
-    )
+    return LingshuError(_WHOLE, f"{folder}: {finding}", _REMEDY)

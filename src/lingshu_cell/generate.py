@@ -3,7 +3,7 @@
 Shapes: B cells of a tile, G modelled genes, C condition fields.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import torch
 from scipy import sparse
 from torch import nn
 
-from lingshu_cell.checkpoint import Checkpoint, load_best, load_checkpoint
+from lingshu_cell.arguments import is_finite, mapping, whole_number
+from lingshu_cell.checkpoint import Checkpoint, load_best, load_checkpoint, reading
 from lingshu_cell.conditioning import Conditioner
-from lingshu_cell.config import Config
+from lingshu_cell.config import Config, SetConfig
 from lingshu_cell.curve_store import load_curve
 from lingshu_cell.data.anndata_io import H5adWriter
+from lingshu_cell.data.counts import MOST_COUNTS
 from lingshu_cell.data.tokenizer import decode, encode, token_midpoints
 from lingshu_cell.data.training_set import RareGenes
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
@@ -109,34 +111,73 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
         If there is no whole checkpoint, or ``weights`` are not among its weights.
     """
     checkpoint = load_best(run)
+    with reading(checkpoint):
+        return _model_of(run, checkpoint, device, weights)
+
+
+def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | str, weights: str | None) -> TrainedModel:
     manifest = checkpoint.manifest
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
+    genes = GeneVocabulary.from_json(manifest["genes"])
     conditioner = Conditioner.from_saved(
         manifest["conditioning"], {k: v for k, v in checkpoint.tensors("conditioning").items() if k != "none"}
     )
-    midpoints = torch.from_numpy(token_midpoints())
-    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     averages = [f"ema_{sigma_rel:.2f}" for sigma_rel in config.training.ema_sigma_rel]
     weights = weights or averages[0]
     if weights not in ("weights", *averages):
         raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
+    _check_data(data, len(genes), conditioner.vocabulary.sizes, manifest["n_training_cells"])
+    stored = checkpoint.tensors(weights)
+    _check_weights(config, len(data["modelled"]), stored)
+    midpoints = torch.from_numpy(token_midpoints())
+    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
-    network.load_state_dict(buffers | checkpoint.tensors(weights))
-    stored = load_curve(checkpoint) or load_curve(load_checkpoint(run))  # the best may be before the curve was measured
+    network.load_state_dict(buffers | stored)
+    curve = load_curve(checkpoint) or load_curve(load_checkpoint(run))  # the best may be before the curve was measured
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,
         config=config,
         network=network.to(device).eval(),
-        genes=GeneVocabulary.from_json(manifest["genes"]),
+        genes=genes,
         modelled=data["modelled"].numpy(),
         conditioner=conditioner,
         condition_rows=data["condition_rows"].numpy(),
         condition_row_counts=data["condition_row_counts"].numpy(),
         rare=rare,
-        curve=None if stored is None else stored.curve,
+        curve=None if curve is None else curve.curve,
     )
+
+
+def _check_data(data: Mapping[str, torch.Tensor], n_genes: int, sizes: Sequence[int], n_training_cells: Any) -> None:
+    """Refuse places of genes, and condition rows, that are out of range."""
+    modelled, gene, count = (data[name].numpy() for name in ("modelled", "rare_gene", "rare_count"))
+    rows, row_counts = data["condition_rows"].numpy(), data["condition_row_counts"].numpy()
+    n_cells = whole_number(n_training_cells, "The number of training cells", 1)
+    whole = [array.dtype.kind == "i" for array in (modelled, gene, count, rows, row_counts)]
+    shapes = modelled.ndim == gene.ndim == row_counts.ndim == 1 and gene.shape == count.shape
+    if not (all(whole) and shapes and len(modelled) and rows.shape == (len(row_counts), len(sizes))):
+        raise ValueError("genes and condition rows of other types or shapes")
+    in_range = modelled[0] >= 0 and modelled[-1] < n_genes and (np.diff(modelled) > 0).all()
+    in_range = in_range and ((gene >= 0) & (gene < n_genes) & (count > 0)).all()
+    if not (in_range and len(rows) and ((rows >= 0) & (rows < np.array(sizes, dtype=np.int64))).all()):
+        raise ValueError("genes or condition rows out of range")
+    if not ((row_counts > 0).all() and row_counts.sum() <= n_cells):
+        raise ValueError(f"condition rows of {row_counts.sum():,} cells, {n_cells:,} in training")
+
+
+def _check_weights(config: Config, n_genes: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that no training leaves, before a network as large as the settings say is built for them."""
+    network = config.network
+    least = network.n_blocks * network.width * network.feedforward_width
+    least += n_genes * network.gene_width if isinstance(network, SetConfig) else network.genes_per_group * network.width
+    n_stored = sum(value.numel() for value in weights.values())
+    if least > n_stored:
+        raise ValueError(f"its settings need {least:,} weights or more, {n_stored:,} are stored")
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"weights that are not finite: {offenders(broken)}")
 
 
 def resolve_schedule(
@@ -281,17 +322,13 @@ def plan_cells(
     LingshuError
         On unknown conditions, genes or schedules, or an impossible number of steps or cells.
     """
-    if n_cells < 1:
-        raise LingshuError("The number of cells must be 1 or more", f"{n_cells}", "Change --n")
-    if first < 0:
-        raise LingshuError("The index of the first cell must be 0 or more", f"{first}", "Change first")
     defaults = model.config.generation
     minibatch_size = defaults.minibatch_size if minibatch_size is None else minibatch_size
-    if minibatch_size < 1:
-        raise LingshuError("The minibatch size must be 1 or more", f"{minibatch_size}", "Change it")
     seed = defaults.seed if seed is None else seed
-    if not 0 <= seed < 2**31:
-        raise LingshuError("The seed must lie between 0 and 2147483647", f"{seed}", "Change --seed")
+    n_cells = whole_number(n_cells, "The number of cells", 1, remedy="Change --n")
+    first = whole_number(first, "The index of the first cell")
+    minibatch_size = whole_number(minibatch_size, "The minibatch size", 1, remedy="Change --minibatch-size")
+    seed = whole_number(seed, "The seed", 0, 2**31 - 1, "Change --seed")
     chosen = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl)
     request = request_of(model, condition, dose=dose, depth=depth, context=context, unseen=unseen)
     steering = steering or steering_of(model)
@@ -381,7 +418,9 @@ def steering_of(
     if prior is None and de_tables is not None:
         raise LingshuError("Tables of differential expression serve a prior", "none is chosen", "Add --prior silenced")
     silenced = None if prior is None else read_silenced(model.checkpoint.folder.parent, de_tables)
-    return Steering(**chosen, clamp=clamp or {}, tilt=tilt or {}, silenced=silenced)
+    clamp = mapping(clamp, "Clamped genes", '{"STAT1": 0}')
+    tilt = mapping(tilt, "Tilted genes", '{"STAT1": 0.5}')
+    return Steering(**chosen, clamp=clamp, tilt=tilt, silenced=silenced)
 
 
 def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, **asked: Any) -> Request:
@@ -574,7 +613,7 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
         raise LingshuError(
             "The space of guidance must exist", f"'{steering.guidance_space}'", f"Choose {', '.join(GUIDANCE_SPACES)}"
         )
-    if not (np.isfinite(steering.guidance_scale) and steering.guidance_scale >= 0):
+    if not (is_finite(steering.guidance_scale) and steering.guidance_scale >= 0):
         raise LingshuError(
             "The strength of guidance must be a number of 0 or more", f"{steering.guidance_scale}", "1 is as trained"
         )
@@ -597,9 +636,11 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
             raise LingshuError(
                 f"Only modelled genes can be {name}", f"{offenders(rare)} was too rare in training", "Leave it out"
             )
-    if any(not (np.isfinite(count) and count >= 0 and count == int(count)) for count in steering.clamp.values()):
+    if any(
+        not (is_finite(count) and 0 <= count <= MOST_COUNTS and count % 1 == 0) for count in steering.clamp.values()
+    ):
         raise LingshuError("A clamped gene needs a whole count", f"{dict(steering.clamp)}", "Write for example STAT1=1")
-    if any(not (np.isfinite(factor) and factor > 0) for factor in steering.tilt.values()):
+    if any(not (is_finite(factor) and factor > 0) for factor in steering.tilt.values()):
         raise LingshuError("A tilt is a factor above 0", f"{dict(steering.tilt)}", "Write for example STAT1=0.2")
 
 

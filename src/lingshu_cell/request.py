@@ -11,6 +11,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
+from lingshu_cell.arguments import mapping
 from lingshu_cell.conditioning import (
     LEAST_CONTEXT_CELLS,
     Conditioner,
@@ -101,7 +102,8 @@ def resolve_request(
     """
     if unseen not in UNSEEN:
         raise LingshuError("The policy for unseen perturbations must exist", f"'{unseen}'", f"Choose {UNSEEN}")
-    condition = {key: str(value) for key, value in condition.items()}
+    condition = mapping(condition, "A condition", '{"cell_type": "B cells"}')
+    condition = {str(key): str(value) for key, value in condition.items()}
     conditioner, notes = _with_label(conditioner, condition, unseen)
     wanted = conditioner.vocabulary.encode(dict(condition), 1)[0]
     profile = None

@@ -34,6 +34,7 @@ from lingshu_cell.engine.sharding import HeldNetwork
 from lingshu_cell.engine.stopping import Losses, stop_signals
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.history import History, lock_run
+from lingshu_cell.input_files import expanded
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.silenced import SILENCED_FILE, write_silenced
@@ -115,7 +116,7 @@ def train(
     LingshuError
         For unusable data or settings, an output that exists, or a loss that is no longer finite.
     """
-    run = Path(out).expanduser()
+    run = expanded(out)
     device = pick_device(config.training.device)
     with processes(device) as world:
         world.agreed(lambda: _check_output(run, resume), only_first=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lingshu_cell.checkpoint import load_checkpoint, save_checkpoint
+from lingshu_cell.checkpoint import load_checkpoint, reading, save_checkpoint
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.config import Config
 from lingshu_cell.data.training_set import TrainingSet
@@ -78,14 +78,15 @@ def restore(
         If the checkpoint is damaged, or of other data or settings.
     """
     checkpoint = load_checkpoint(run)
-    _check_same(checkpoint.manifest, manifest)
-    held.take(checkpoint.tensors("weights"))
-    saved = checkpoint.tensors("buffers")
-    for name, buffer in held.buffers().items():
-        buffer.copy_(saved[name])
-    for average in averages:
-        held.take(checkpoint.tensors(f"ema_{average.sigma_rel:.2f}"), average.weights)
-    restore_optimiser(optimiser, held.parts, checkpoint.tensors("optimizer"), held.cut)
+    with reading(checkpoint):
+        _check_same(checkpoint.manifest, manifest)
+        held.take(checkpoint.tensors("weights"))
+        saved = checkpoint.tensors("buffers")
+        for name, buffer in held.buffers().items():
+            buffer.copy_(saved[name])
+        for average in averages:
+            held.take(checkpoint.tensors(f"ema_{average.sigma_rel:.2f}"), average.weights)
+        restore_optimiser(optimiser, held.parts, checkpoint.tensors("optimizer"), held.cut)
     return checkpoint.manifest | {"step": checkpoint.step}
 
 
