@@ -68,7 +68,9 @@ def member(rank: int, size: int, sharding: str, run: str, sender: Any) -> None:
         n = STEPS - 1 - COUNTED_FROM
         raw = [smooth[0]] + [(now - 0.98 * last) / 0.02 for last, now in pairwise(smooth)]
         told |= {"losses": raw, "seconds_per_step": (t1 - t0) / n, "bytes_per_step": (b1 - b0) / n}
-        told["n_parameters"] = load_checkpoint(run).manifest["n_parameters"]
+        weights = load_checkpoint(run).tensors("weights")
+        told["n_parameters"] = sum(one.numel() for one in weights.values())
+        told["n_in_blocks"] = sum(one.numel() for name, one in weights.items() if name.startswith("blocks."))
     sender.send(told)
 
 
@@ -91,10 +93,14 @@ def one_run(size: int, sharding: str, run: str) -> dict[str, Any]:
     return {**told[0], "cpu_seconds": sum(one["cpu_seconds"] for one in told), "processes": size, "sharding": sharding}
 
 
-def exchanged_by_formula(size: int, sharding: str, n_parameters: int) -> float:
-    """Bytes a step that all processes send: a ring of reduce and gather, or gather, (gather), reduce; 4 bytes each."""
-    passes = {"none": 2, "full": 3}[sharding]  # full: an upper bound, as the root is not gathered twice
-    return passes * (size - 1) * 4 * n_parameters
+def exchanged_by_formula(size: int, sharding: str, n_parameters: int, n_in_blocks: int) -> float:
+    """Bytes a step that all processes send, 4 for a number.
+
+    A ring passes every number N - 1 times to gather it, and 2 (N - 1) times to reduce it for all, which gloo also does
+    where each process needs a part only. Blocks are gathered twice, forward and back.
+    """
+    gathers = {"none": 0, "full": n_parameters + n_in_blocks}[sharding]
+    return 4 * (size - 1) * (gathers + 2 * n_parameters)
 
 
 def kills(folder: Path, n_kills: int, seed: int) -> dict[str, Any]:
@@ -190,7 +196,9 @@ def main() -> None:
     for run in runs:
         run["largest_relative_difference"] = float(np.abs(np.divide(run["losses"], alone["losses"]) - 1).max())
         run["cells_per_cpu_second"] = STEPS * 128 / run["cpu_seconds"]
-        run["bytes_by_formula"] = exchanged_by_formula(run["processes"], run["sharding"], run["n_parameters"])
+        run["bytes_by_formula"] = exchanged_by_formula(
+            run["processes"], run["sharding"], run["n_parameters"], run["n_in_blocks"]
+        )
     killed = kills(folder, arguments.kills, seed=0)
     rows = [
         (
@@ -217,7 +225,8 @@ def main() -> None:
     about = (
         f"Preset small on PBMC 3k ({size}), {STEPS} steps of 128 cells on CPU through gloo, one thread each. CPU "
         "seconds count the whole of `train` in all processes, reading the data in each included. GPUs and NCCL were "
-        "not to be had. The formula counts 4 bytes per parameter: DDP 2 (N - 1), FSDP2 at most 3 (N - 1)."
+        "not to be had. Formula for N processes, P numbers, B of them in blocks: DDP 4 (N - 1) 2 P bytes, FSDP2 "
+        "4 (N - 1) (P + B + 2 P); NCCL would reduce to parts in P in place of gloo's 2 P."
     )
     write_result("processes-cpu", about, facts, {"runs": runs, "kills": killed}, [markdown_table(header, rows), text])
 
