@@ -151,13 +151,13 @@ def test_what_all_find_wrong_is_said_once(crew):
 
 def test_memory_that_the_kernel_refuses_halves_the_microbatch(tmp_path):
     """A real limit: the address space of the process."""
-    training = {**ONE_STEP, "steps": 2, "minibatch_size": 8192}
+    training = {**ONE_STEP, "steps": 2, "minibatch_size": 32768}
     jobs = [
         Job(tmp_path / "limited", 1, {"training": training}, address_space_mib=100),
         Job(tmp_path / "free", 1, {"training": training}),
     ]
     told = do_jobs(jobs)
-    assert "memory ran out: going on in microbatches of 4096 cells, with the same result" in told["limited"]
+    assert "memory ran out: going on in microbatches of 16384 cells, with the same result" in told["limited"]
     assert not [n for n in told["free"] if "memory ran out" in n]
     np.testing.assert_allclose(rows_of(tmp_path / "limited"), rows_of(tmp_path / "free"), rtol=ROUNDING)
 
