@@ -8,6 +8,7 @@ from pathlib import Path
 from lingshu_cell.checkpoint import Checkpoint
 from lingshu_cell.diffusion.information import InformationCurve
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.input_files import read_json
 
 FILE = "schedule.json"
 
@@ -30,12 +31,12 @@ def load_curve(checkpoint: Checkpoint) -> StoredCurve | None:
     """
     file = checkpoint.folder.parent / FILE
     if file.is_file():
+        stored = read_json(file, "A stored schedule must be whole", "Delete this file")
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["checkpoint_checksum"] == checkpoint.manifest["checksum"]:
                 curve = InformationCurve.from_json(stored["information_curve"])
                 return StoredCurve(curve, str(stored["measured_on"]))
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LingshuError("A stored schedule must be whole", f"{file}: {error}", "Delete this file") from None
     values = checkpoint.manifest.get("information_curve")
     if values is None:

@@ -17,6 +17,7 @@ from lingshu_cell.datasets import pbmc3k_path
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.generate import generate_file, load_model
+from lingshu_cell.input_files import expanded
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import run_config
 from lingshu_cell.train import Progress, train
@@ -93,7 +94,7 @@ def run_demo(
     LingshuError
         If ``out`` is in use or cannot be written, or a setting is not possible.
     """
-    out = out.expanduser()
+    out = expanded(out)
     evaluation = out / "evaluation"
     result = DemoResult(out, evaluation / "report.html")
     files = {name: out / f"{name}.h5ad" for name in ("train", "heldout", "generated")}

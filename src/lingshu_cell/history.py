@@ -10,8 +10,11 @@ from typing import Any
 
 from lingshu_cell.errors import LingshuError
 
-COLUMNS = ("step", "loss", "validation_nelbo", "bits_per_gene", "learning_rate", "gradient_norm", "seconds")
-"""loss and validation_nelbo in nats per cell; seconds since this process began to train."""
+COLUMNS = (
+    "step", "loss", "validation_nelbo", "bits_per_gene", "learning_rate", "gradient_norm", "seconds",
+    "condition_nelbo", "condition_r", "condition_slope", "condition_explained",
+)  # fmt: skip
+"""loss and nelbo in nats per cell; seconds since this process began to train; condition_* of validation conditions."""
 
 
 class History:
