@@ -20,7 +20,8 @@ _RESIDUAL_DROPOUT = 0.2  # share of perturbations trained by their embedding alo
 EFFECT_PSEUDOCOUNT = 1e-4  # of effects: one count in a cell of 10,000
 _LEAST_DETECTION = 1e-4
 _MOST_FOLD = 5.0
-_RATIOS = (1e-2, 1e3)
+_RATIOS_OF_EFFECT = (1e-2, 1e3)
+_RATIOS_OF_DEPTH = (1e-2, 1e2)
 
 
 class PerturbationReader(nn.Module):
@@ -94,7 +95,7 @@ class AverageCells:
 
 
 class AverageCell(nn.Module):
-    """The average cell of a condition: that of its context, moved by its effect.
+    """The average cell of a condition: that of its context, moved by its effect, at the depth asked for.
 
     Everything else the network says and reads is relative to it. The head starts at its marginals, through offsets of
     each gene's gate and values; and what a visible gene tells is how it differs from the average cell, the score of the
@@ -116,9 +117,21 @@ class AverageCell(nn.Module):
         self.amount_A.zero_()
         self.amount_A[0], self.amount_A[n_statistics] = 1.0, 0.5
 
-    def forward(self, conditions: Conditions, detection_G: Tensor, mean_log_G: Tensor) -> AverageCells:
-        """Give the average cells of the conditions that occur in a minibatch."""
-        context, effect = conditions.context, conditions.effect
+    def forward(
+        self, conditions: Conditions, detection_G: Tensor, mean_log_G: Tensor, log_library: Tensor | None = None
+    ) -> AverageCells:
+        """Give the average cells of the conditions that occur in a minibatch.
+
+        Parameters
+        ----------
+        conditions
+            What is told of each cell.
+        detection_G, mean_log_G
+            The average of all training cells.
+        log_library
+            Log of the mean library size of all training cells; depth is only read with it.
+        """
+        context, effect, depth_B = conditions.context, conditions.effect, conditions.depth_B
         none_B = torch.zeros(len(conditions), dtype=torch.int64, device=detection_G.device)
         row_B2 = torch.stack([none_B if one is None else one.row_B for one in (context, effect)], dim=1)
         rows_R2, place_B = torch.unique(row_B2, dim=0, return_inverse=True)
@@ -131,8 +144,15 @@ class AverageCell(nn.Module):
         detected_RG = detected_RG.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
         if effect is not None:
             delta_RG = effect.table_KJG[rows_R2[:, 1], 0].float().masked_fill(rows_R2[:, 1:] == 0, 0.0)
-            detected_RG, log_RG = _moved(detected_RG, log_RG, delta_RG)
-        return AverageCells(detected_RG, log_RG, place_B)
+            detected_RG, log_RG = _scaled(detected_RG, log_RG, _ratios_of_effect(detected_RG, log_RG, delta_RG))
+        if depth_B is None or log_library is None:
+            return AverageCells(detected_RG, log_RG, place_B)
+        log_total_R = torch.log((detected_RG * _typical(detected_RG, log_RG)).sum(1))
+        log_total = torch.log((detection_G * _typical(detection_G.clamp_min(_LEAST_DETECTION), mean_log_G)).sum())
+        usual_B = log_library + (log_total_R - log_total).index_select(0, place_B)
+        ratio_B1 = torch.exp((depth_B - usual_B).nan_to_num())[:, None].clamp(*_RATIOS_OF_DEPTH)
+        detected_BG, log_BG = _scaled(detected_RG.index_select(0, place_B), log_RG.index_select(0, place_B), ratio_B1)
+        return AverageCells(detected_BG, log_BG, torch.arange(len(place_B), device=place_B.device))
 
     def offsets(self, average: AverageCells, detection_G: Tensor, mean_log_G: Tensor) -> Offsets:
         """Give what takes the head from the marginals of all training cells to those of the average cells."""
@@ -148,15 +168,19 @@ def _typical(detected_RG: Tensor, log_RG: Tensor) -> Tensor:
     return torch.expm1(log_RG / detected_RG).clamp_min(1.0)
 
 
-def _moved(detected_RG: Tensor, log_RG: Tensor, delta_RG: Tensor) -> tuple[Tensor, Tensor]:
-    """Move average cells by effects, differences of log(share of all counts + ε); their total stays."""
-    typical_RG = _typical(detected_RG, log_RG)
-    mean_RG = detected_RG * typical_RG
+def _ratios_of_effect(detected_RG: Tensor, log_RG: Tensor, delta_RG: Tensor) -> Tensor:
+    """Ratios of means after and before effects, differences of log(share of all counts + ε); the total stays."""
+    mean_RG = detected_RG * _typical(detected_RG, log_RG)
     share_RG = mean_RG / mean_RG.sum(1, keepdim=True)
     after_RG = ((share_RG + EFFECT_PSEUDOCOUNT) * delta_RG.exp() - EFFECT_PSEUDOCOUNT).clamp_min(0.0)
     after_RG = after_RG / after_RG.sum(1, keepdim=True)
-    ratio_RG = torch.where(delta_RG == 0, 1.0, after_RG / share_RG.clamp_min(1e-12)).clamp(*_RATIOS)
-    after_detected_RG = -torch.expm1(ratio_RG * torch.log1p(-detected_RG))  # as a Poisson count's
+    return torch.where(delta_RG == 0, 1.0, after_RG / share_RG.clamp_min(1e-12)).clamp(*_RATIOS_OF_EFFECT)
+
+
+def _scaled(detected_RG: Tensor, log_RG: Tensor, ratio_RG: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply the means of average cells; how often a gene is then detected is as of a Poisson count."""
+    mean_RG = detected_RG * _typical(detected_RG, log_RG)
+    after_detected_RG = -torch.expm1(ratio_RG * torch.log1p(-detected_RG))
     after_detected_RG = after_detected_RG.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
     after_typical_RG = (mean_RG * ratio_RG / after_detected_RG).clamp_min(1.0)
     return after_detected_RG, after_detected_RG * torch.log1p(after_typical_RG)
@@ -219,6 +243,11 @@ class DepthReader(nn.Module):
         """Set the mean and the standard deviation of log library sizes in training."""
         self.mean.fill_(mean)
         self.sd.fill_(max(sd, 1e-3))
+
+    @property
+    def log_library(self) -> Tensor:
+        """Log of the mean library size, as library sizes are about log-normal."""
+        return self.mean + self.sd**2 / 2
 
     def forward(self, depth_B: Tensor) -> Tensor:
         """Give what the depth of each cell adds to the trunk, B × D; 0 where none is asked for."""

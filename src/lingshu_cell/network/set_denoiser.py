@@ -25,6 +25,7 @@ from lingshu_cell.network.perturbation import (
     AverageCells,
     ContextReader,
     DepthReader,
+    Offsets,
     PerturbationReader,
     Response,
 )
@@ -33,6 +34,9 @@ from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 _N_FREQUENCIES = 8
 _N_FEATURES = 4 * _N_FREQUENCIES + 4
 _MOST_LOG_WEIGHT = 10.0  # first weight of a gene's log count: half its mean, as a Poisson score has it, at most this
+
+
+Relative = tuple[AverageCells, Offsets]  # the average cells of conditions, and what they add to the head
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,14 @@ class SetDenoiser(nn.Module, Denoiser):
         )
         self.response = Response(width) if told.perturbations else None
         self.context = ContextReader(gene_width, width) if told.context else None
-        self.average_cell = AverageCell(n_genes, N_STATISTICS) if told.context or told.effect else None
+        self.average_cell = AverageCell(n_genes, N_STATISTICS) if told.context or told.effect or told.depth else None
         self.depth = DepthReader(width) if told.depth else None
         self._initialise(generator)
 
     def forward(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer p(x_0 | x_t, conditions) for every gene; arguments as in :class:`TransformerDenoiser`."""
-        return self._answer(self.read(x_t_BG), x_t_BG, Conditions.of(conditions))
+        conditions = Conditions.of(conditions)
+        return self._answer(self.read(x_t_BG), x_t_BG, conditions, self.relative_to(conditions))
 
     def start(self, x_t_BG: Tensor) -> PartialCells:
         """Begin to follow cells; see :class:`SummedCells`."""
@@ -139,8 +144,9 @@ class SetDenoiser(nn.Module, Denoiser):
 
     def answer(self, cells: PartialCells, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer for cells being followed; their evidence is read once, however many conditions are asked about."""
-        evidence = cells.evidence if isinstance(cells, SummedCells) else self.read(cells.x_t_BG)
-        return self._answer(evidence, cells.x_t_BG, Conditions.of(conditions))
+        if not isinstance(cells, SummedCells):
+            return self.forward(cells.x_t_BG, conditions)
+        return self._answer(cells.evidence, cells.x_t_BG, Conditions.of(conditions), cells.relative_to(conditions))
 
     def read(self, x_t_BG: Tensor) -> Evidence:
         """Sum the evidence of the visible genes, less its expectation, along the gene codes: detected or not, and log
@@ -155,13 +161,21 @@ class SetDenoiser(nn.Module, Denoiser):
         log_BE = (log_BG @ (codes_GE * self.log_weight_G[:, None])).float()
         return Evidence(detected_BE, log_BE, visible_BG.sum(1), count_BG.sum(1))
 
-    def _answer(self, evidence: Evidence, x_t_BG: Tensor, conditions: Conditions) -> CountDistribution:
-        offsets = []
+    def relative_to(self, conditions: Conditions) -> Relative | None:
+        """Give the average cells of the conditions, which all else is relative to; None without such conditions."""
+        if self.average_cell is None:
+            return None
+        log_library = None if self.depth is None else self.depth.log_library
+        with torch.autocast(self.detection_G.device.type, enabled=False):
+            average = self.average_cell(conditions, self.detection_G, self.mean_log_G, log_library)
+            return average, self.average_cell.offsets(average, self.detection_G, self.mean_log_G)
+
+    def _answer(
+        self, evidence: Evidence, x_t_BG: Tensor, conditions: Conditions, relative: Relative | None
+    ) -> CountDistribution:
         detected_BE, log_BE = evidence.detected_BE, evidence.log_BE
-        if self.average_cell is not None:
-            average = self.average_cell(conditions, self.detection_G, self.mean_log_G)
-            offsets.append(self.average_cell.offsets(average, self.detection_G, self.mean_log_G))
-            of_average = self._expected(x_t_BG, average)
+        if relative is not None:
+            of_average = self._expected(x_t_BG, relative[0])
             detected_BE, log_BE = detected_BE - of_average[0], log_BE - of_average[1]
         feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
@@ -170,7 +184,7 @@ class SetDenoiser(nn.Module, Denoiser):
             h_BD = block(h_BD, feature_BF)
         if self.perturbation is not None and conditions.perturbation_BP is not None:
             h_BD = self.response(h_BD, self.perturbation(conditions))
-        return self.head(self.norm(h_BD), offsets)
+        return self.head(self.norm(h_BD), () if relative is None else (relative[1],))
 
     def _expected(self, x_t_BG: Tensor, average: AverageCells) -> tuple[Tensor, Tensor]:
         """Evidence that the visible genes of an average cell of each condition would add up to, beyond that of all
@@ -254,6 +268,15 @@ class SummedCells(PartialCells):
         self._detection_GE = network.head.gene_GE * network.detection_weight_G[:, None]
         self._log_GE = network.head.gene_GE * network.log_weight_G[:, None]
         self.evidence = network.read(x_t_BG)
+        self._relative: list[tuple[Conditions | Tensor, Relative | None]] = []
+
+    def relative_to(self, conditions: Conditions | Tensor) -> Relative | None:
+        """Give the average cells of conditions, which stay the same from step to step."""
+        for known, relative in self._relative:
+            if known is conditions:
+                return relative
+        self._relative.append((conditions, self._network.relative_to(Conditions.of(conditions))))
+        return self._relative[-1][1]
 
     def reveal(self, positions: Positions, token_M: Tensor) -> None:
         """Make some hidden genes visible and add their evidence."""
