@@ -149,7 +149,7 @@ def test_an_untrained_network_says_the_average_cell(overall):
     assert (overall[0] - here[0]).abs().quantile(0.95) > 0.2
     log_count_V = torch.log1p(torch.from_numpy(token_midpoints()).float())
     error_G, without_G = p_GV @ log_count_V - here[1], overall[1] - here[1]
-    for genes, share in ((torch.from_numpy(means() < 4), 0.1), (torch.from_numpy(means() < 1e9), 0.5)):
+    for genes, share in ((torch.from_numpy(means() < 4), 0.3), (torch.from_numpy(means() < 1e9), 0.5)):
         assert error_G[genes].square().mean() < share * without_G[genes].square().mean()
 
 
