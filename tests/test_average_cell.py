@@ -1,4 +1,4 @@
-"""The average cell of a condition: what it is made of, and that the network's answers and evidence are relative to it."""
+"""The average cell of a condition: what it is made of, and that answers and evidence are relative to it."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from conftest import TINY_SET
 from torch import Tensor
 
 from lingshu_cell.data.tokenizer import encode, token_midpoints
+from lingshu_cell.network.average_cell import EFFECT_PSEUDOCOUNT, AverageCell, AverageCells
 from lingshu_cell.network.conditions import Conditions, Profiles
 from lingshu_cell.network.distribution import Positions
-from lingshu_cell.network.perturbation import EFFECT_PSEUDOCOUNT, AverageCell, AverageCells
 from lingshu_cell.network.set_denoiser import ConditionSizes, SetDenoiser
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
@@ -41,7 +41,9 @@ def told(context: list[Tensor] | None = None, effect: list[Tensor] | None = None
     depth_B = None if depth is None else torch.full((n,), float(depth)).log()
     effects = None if effect is None else [one[None] for one in effect]
     applied_BP = torch.tensor([[0.0, 1.0]]).expand(n, 2)
-    return Conditions(torch.ones(n, 1, dtype=torch.int64), applied_BP, None, None, table(context), table(effects), depth_B)
+    return Conditions(
+        torch.ones(n, 1, dtype=torch.int64), applied_BP, None, None, table(context), table(effects), depth_B
+    )
 
 
 def typical_mean(average: AverageCells) -> Tensor:
@@ -186,4 +188,6 @@ def test_cells_being_followed_are_answered_as_whole_ones():
         cells.reveal(Positions(torch.tensor([0, 1]), torch.tensor([gene, gene + 1])), torch.tensor([2, 0]))
         for asked in conditions:
             followed = one.answer(cells, asked).log_probabilities(everywhere)
-            torch.testing.assert_close(followed, one(cells.x_t_BG, asked).log_probabilities(everywhere), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                followed, one(cells.x_t_BG, asked).log_probabilities(everywhere), atol=1e-4, rtol=1e-4
+            )

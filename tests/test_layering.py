@@ -12,12 +12,12 @@ PACKAGE = SOURCE.name
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
     "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema engine errors "
     "figures judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth "
-    "metrics.doublets metrics.embedding metrics.genes metrics.memorisation metrics.responses "
-    "metrics.two_sample network network.conditions network.layers network.rates tokens",
+    "metrics.doublets metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample "
+    "network network.conditions network.layers network.rates tokens",
     "arguments data.condition_labels data.containers data.counts data.effects data.labels data.quality "
     "data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping history "
     "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 metrics.folder "
-    "network.distribution network.perturbation pages response_judgement",
+    "network.average_cell network.distribution network.perturbation pages response_judgement",
     "checkpoint config data.anndata_io data.condition_splits data.count_blocks data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
     "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store network.compression "
@@ -27,8 +27,8 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "diffusion.plan diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.differential "
     "metrics.inputs network.set_denoiser network.transformer_denoiser perturbation_effects response_samples "
     "run_config",
-    "baselines data.scan data.store data.training_set engine.gradients evaluate export_vcc2026 "
-    "network.denoiser response_figures response_libraries",
+    "baselines data.scan data.store data.training_set engine.gradients evaluate export_vcc2026 network.denoiser "
+    "response_figures response_libraries",
     "conditioning data.loader data.store_builder evaluate_responses response_section silenced",
     "engine.run_state expected_effects prepare response_report",
     "report request validation_conditions",

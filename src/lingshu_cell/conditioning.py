@@ -39,7 +39,7 @@ class ContextTable:
     Attributes
     ----------
     profile_KJG
-        Share of cells that detect a gene, and mean log(1 + count), float32; row 0 is the average over all identities and
+        Share of cells that detect a gene, and mean log(1 + count), float32; row 0, the average over all identities,
         stands for *none*.
     identity_IC
         The identities: indices in each condition field, 0 in the perturbation field.

@@ -16,19 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lingshu_cell.network.average_cell import AverageCell, AverageCells, Offsets
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.distribution import CountDistribution, Denoiser, PartialCells, Positions
 from lingshu_cell.network.gate_head import N_STATISTICS, GateHead
 from lingshu_cell.network.layers import RowDropout, SwiGLU
-from lingshu_cell.network.perturbation import (
-    AverageCell,
-    AverageCells,
-    ContextReader,
-    DepthReader,
-    Offsets,
-    PerturbationReader,
-    Response,
-)
+from lingshu_cell.network.perturbation import ContextReader, DepthReader, PerturbationReader, Response
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 _N_FREQUENCIES = 8
@@ -184,7 +177,7 @@ class SetDenoiser(nn.Module, Denoiser):
             h_BD = block(h_BD, feature_BF)
         if self.perturbation is not None and conditions.perturbation_BP is not None:
             h_BD = self.response(h_BD, self.perturbation(conditions))
-        return self.head(self.norm(h_BD), () if relative is None else (relative[1],))
+        return self.head(self.norm(h_BD), None if relative is None else relative[1])
 
     def _expected(self, x_t_BG: Tensor, average: AverageCells) -> tuple[Tensor, Tensor]:
         """Evidence that the visible genes of an average cell of each condition would add up to, beyond that of all
