@@ -14,6 +14,7 @@ from lingshu_cell.network.conditions import Conditions
 EFFECT_PSEUDOCOUNT = 1e-4  # of effects: one count in a cell of 10,000
 _LEAST_DETECTION = 1e-4
 _MOST_FOLD = 5.0
+_MOST_COUNT = 2e4  # what the last count token reaches to
 _RATIOS_OF_EFFECT = (1e-2, 1e3)
 _RATIOS_OF_DEPTH = (1e-2, 1e2)
 
@@ -123,7 +124,7 @@ class AverageCell(nn.Module):
 
 def _typical(detected_RG: Tensor, log_RG: Tensor) -> Tensor:
     """Typical count of a gene where it is not 0."""
-    return torch.expm1(log_RG / detected_RG).clamp_min(1.0)
+    return torch.expm1(log_RG / detected_RG).clamp(1.0, _MOST_COUNT)
 
 
 def _ratios_of_effect(detected_RG: Tensor, log_RG: Tensor, delta_RG: Tensor) -> Tensor:
@@ -140,5 +141,7 @@ def _scaled(detected_RG: Tensor, log_RG: Tensor, ratio_RG: Tensor) -> tuple[Tens
     mean_RG = detected_RG * _typical(detected_RG, log_RG)
     after_detected_RG = -torch.expm1(ratio_RG * torch.log1p(-detected_RG))
     after_detected_RG = after_detected_RG.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
-    after_typical_RG = (mean_RG * ratio_RG / after_detected_RG).clamp_min(1.0)
-    return after_detected_RG, after_detected_RG * torch.log1p(after_typical_RG)
+    after_typical_RG = (mean_RG * ratio_RG / after_detected_RG).clamp(1.0, _MOST_COUNT)
+    same_RG = ratio_RG == 1
+    after_log_RG = after_detected_RG * torch.log1p(after_typical_RG)
+    return torch.where(same_RG, detected_RG, after_detected_RG), torch.where(same_RG, log_RG, after_log_RG)

@@ -230,7 +230,9 @@ class GatedDistribution(CountDistribution):
         """What log folds add to the statistics whose amounts begin at ``first``, M × J."""
         if self._offsets is None:
             return 0.0
-        fold_M = self._offsets.fold_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
+        fold_RG = self._offsets.fold_RG
+        place_M = self._offsets.place_B.index_select(0, positions.cell_M) * fold_RG.shape[1] + positions.gene_M
+        fold_M = fold_RG.flatten().index_select(0, place_M)
         return self._offsets.amount_A[first : first + N_STATISTICS] * fold_M[:, None]
 
     def _fp32(self) -> torch.autocast:
