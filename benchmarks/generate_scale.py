@@ -151,9 +151,9 @@ def main() -> None:
         [list(row.values()) for row in rows],
     )
     about = (
-        f"{N_GENES} genes of PBMC 3k, a network of one block, 4 steps, tiles of {TILE}, shards of 2,048 cells. Other work "
-        "ran on the machine, more of it at times than there are cores, so cells/s say little; CPU seconds are those of "
-        "all processes, the start of Python left out. Kills are SIGKILL at random moments, of one process after the other."
+        f"{N_GENES} genes of PBMC 3k, a network of one block, 4 steps, tiles of {TILE}, shards of 2,048 cells. Other "
+        "work ran on the machine, at times more of it than there are cores, so cells/s say little; CPU seconds are "
+        "those of all processes, the start of Python left out. Kills are SIGKILL at random moments, one by one."
     )
     text = (
         f"With kills: {asked.cells:,} cells in {kills['shards']} shards, {kills['n_kills']} kills in {kills['rounds']} "
