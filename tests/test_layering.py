@@ -10,8 +10,9 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema engine errors "
-    "figures judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth "
+    "checksums commands data data.condition_sums data.effect_regression data.positions datasets diffusion "
+    "diffusion.randomness ema engine errors figures judgement metrics metrics.cell_types metrics.clock "
+    "metrics.correlation metrics.depth "
     "metrics.doublets metrics.embedding metrics.genes metrics.memorisation metrics.responses "
     "metrics.two_sample network network.conditions network.layers network.rates tokens",
     "arguments data.condition_labels data.containers data.counts data.effects data.labels data.quality "
@@ -25,12 +26,11 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "check_vcc2026 commands.options curve_store data.de_tables data.embedding_sources data.gene_doctor "
     "data.prior_effects data.shards data.sources data.split_files data.store_writer diffusion.guidance "
     "diffusion.plan diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.differential "
-    "metrics.inputs network.set_denoiser network.transformer_denoiser perturbation_effects response_samples "
-    "run_config",
+    "metrics.inputs network.set_denoiser network.transformer_denoiser perturbation_effects response_samples",
     "baselines data.scan data.store data.training_set engine.gradients evaluate export_vcc2026 "
     "network.denoiser response_figures response_libraries",
-    "conditioning data.loader data.store_builder evaluate_responses response_section silenced",
-    "engine.run_state expected_effects prepare response_report",
+    "conditioning data.loader data.store_builder evaluate_responses response_section run_config silenced",
+    "data.stored_cells engine.run_state expected_effects prepare response_report",
     "report request validation_conditions",
     "generate train",
     "aligned_cells calibrate console demo",
