@@ -216,7 +216,7 @@ def open_cells(
         validation=validation,
         seen=seen,
         rare=_rare_genes(store, train, ~is_modelled),
-        fingerprints=(store.fingerprint,),
+        fingerprints=(store.fingerprint, *(str(one["sha256"]) for one in store.manifest["sources"])),
         notes=tuple(notes),
         token_count_GV=of_tokens[modelled],
     )

@@ -89,7 +89,7 @@ class TrainingCells(ABC):
     rare
         The genes that are not modelled.
     fingerprints
-        Checksums of the data.
+        Checksums of the data; of a store, its own and those of the files it was made of.
     notes
         What a user should read about the data: coverage, genes left out.
     """
