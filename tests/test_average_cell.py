@@ -1,5 +1,7 @@
 """The average cell of a condition: what it is made of, and that answers and evidence are relative to it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from conftest import TINY_SET
 from torch import Tensor
 
 from lingshu_cell.data.tokenizer import encode, token_midpoints
+from lingshu_cell.diffusion.randomness import cell_seeds, draw_cell_noise
+from lingshu_cell.diffusion.sampler import sample_cells
+from lingshu_cell.diffusion.schedule import GRIDS
 from lingshu_cell.network.average_cell import EFFECT_PSEUDOCOUNT, AverageCell, AverageCells
 from lingshu_cell.network.conditions import Conditions, Profiles
 from lingshu_cell.network.distribution import Positions
@@ -126,14 +131,15 @@ def test_a_depth_left_open_changes_nothing(average_cell, overall):
     assert (average.detected_RG[1] > plain.detected_RG[0]).float().mean() > 0.9
 
 
-def network(shake: float = 0.0) -> SetDenoiser:
+def network(shake: float = 0.0, mean_G: np.ndarray | None = None) -> SetDenoiser:
     generator = torch.Generator().manual_seed(0)
+    mean_G = means() if mean_G is None else mean_G
     settings = TINY_SET | {"n_small_values": 8, "dropout": 0.0}
     made = SetDenoiser(N_GENES, SIZES, torch.from_numpy(token_midpoints()), **settings, generator=generator)
-    tokens = encode(np.random.default_rng(0).poisson(means(), (N_CELLS, N_GENES)))
+    tokens = encode(np.random.default_rng(0).poisson(mean_G, (N_CELLS, N_GENES)))
     table = torch.stack([torch.from_numpy((tokens == v).sum(0)) for v in range(N_EXPRESSION_TOKENS)], dim=1)
     made.start_at_frequencies(table)
-    made.depth.start_at(float(LOG_LIBRARY), 1e-3)
+    made.depth.start_at(float(np.log(mean_G.sum())), 1e-3)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * shake)
@@ -166,7 +172,7 @@ def test_evidence_is_what_differs_from_the_average_cell():
     conditions = told(context=[here], effect=[torch.linspace(-1, 1, N_GENES)], depth=2500, n=2)
     average, _ = one.relative_to(conditions)
     evidence = one.read(x_BG)
-    detected_BE, log_BE = one._expected(x_BG, average)
+    detected_BE, log_BE = one._expected((x_BG != MASK_TOKEN).float(), average)
     visible = x_BG != MASK_TOKEN
     count = torch.where(visible, one.count_T[x_BG], 0.0)
     for found, statistic, expected, weight in (
@@ -192,3 +198,35 @@ def test_cells_being_followed_are_answered_as_whole_ones():
             torch.testing.assert_close(
                 followed, one(cells.x_t_BG, asked).log_probabilities(everywhere), atol=1e-4, rtol=1e-4
             )
+
+
+def test_what_is_left_is_the_library_less_what_shows(average_cell, overall):
+    """Two cells of 3,000 in which the same half of all shares is visible: one showed half of its counts, one all."""
+    average = average_cell(told(depth=3000, n=3), *overall, LOG_LIBRARY)
+    average = replace(average, depth_B=torch.log(torch.tensor([3000.0, 3000, torch.nan])))
+    share_G = average.share_RG[0]
+    assert share_G.sum() == pytest.approx(1, rel=1e-5)
+    visible_BG = (share_G[share_G.argsort()].cumsum(0)[share_G.argsort().argsort()] < 0.5).float().expand(3, -1)
+    shown = float((visible_BG[0] * share_G).sum())
+    left_B = average.left(visible_BG, torch.tensor([3000 * shown, 3000, 500]))
+    assert left_B[0] == pytest.approx(0, abs=1e-3)
+    assert left_B[1] == -2, "nothing is left, as far as it goes"
+    assert left_B[2] == 0, "no depth was asked for"
+    torch.testing.assert_close(average.left(visible_BG * 0, torch.zeros(3)), torch.zeros(3), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_cells_get_the_depth_asked_for_even_untrained():
+    """Of a network that knows nothing but the average cell; without the account of what is left they scatter."""
+    x_BG = torch.full((64, N_GENES), MASK_TOKEN)
+    noise = draw_cell_noise(cell_seeds(0, 0, 64).tolist(), N_GENES)
+    for depth, most_error in ((200, 0.05), (600, 0.25)):
+        spreads = []
+        for amount in (1.0, 0.0):
+            one = network(mean_G=means() ** 0.3)  # as in real cells, most genes show 0, 1 or 2
+            one.average_cell.left_amount.fill_(amount)
+            made = sample_cells(one, x_BG, told(depth=depth, n=64), noise, GRIDS["uniform"](N_GENES, 30).tolist())
+            log_B = one.count_T[made].sum(1).log()
+            spreads.append(float(log_B.std()))
+            assert not amount or (log_B.median() - np.log(depth)).abs() < most_error
+        assert spreads[0] < 0.8 * spreads[1], (depth, spreads)

@@ -4,7 +4,7 @@ library size asked for. The head starts at it, and the evidence of visible genes
 Shapes: B cells, G genes, R distinct conditions, K profiles in a table, J numbers of a profile, A statistics.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ _MOST_FOLD = 5.0
 _MOST_COUNT = 2e4  # what the last count token reaches to
 _RATIOS_OF_EFFECT = (1e-2, 1e3)
 _RATIOS_OF_DEPTH = (1e-2, 1e2)
+_LEFT_PSEUDOCOUNT = 4.0
+_MOST_LEFT = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,53 @@ class Offsets:
         For each statistic of small values and of the tail, how much of the fold it takes.
     place_B
         Which of the R average cells is a cell's.
+    gate_slope_RG, fold_slope_RG
+        How both move with the logarithm of a gene's mean.
+    left_B
+        Log ratio of what hidden genes of a cell have left to show and what they would show of the average cell; None
+        where no library size is asked for.
     """
 
     gate_RG: Tensor
     fold_RG: Tensor
     amount_A: Tensor
     place_B: Tensor
+    gate_slope_RG: Tensor | None = None
+    fold_slope_RG: Tensor | None = None
+    left_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AverageCells:
     """Average cells of R conditions: how often each gene is detected, its mean log(1 + count), and which cell is whose.
 
-    Where nothing is known of a gene, the values are those of all training cells.
+    Where nothing is known of a gene, the values are those of all training cells. Where a library size is asked for,
+    ``depth_B`` is its logarithm (NaN = not for this cell) and ``share_RG`` the share of it that each gene has.
     """
 
     detected_RG: Tensor
     log_RG: Tensor
     place_B: Tensor
+    depth_B: Tensor | None = None
+    share_RG: Tensor | None = None
+
+    def left(self, visible_BG: Tensor, total_B: Tensor) -> Tensor:
+        """Compare what hidden genes of each cell have left of its library with their shares of it, as a log ratio.
+
+        Parameters
+        ----------
+        visible_BG
+            1 where a gene is visible.
+        total_B
+            Counts of the visible genes.
+        """
+        depth_B = torch.exp(self.depth_B.nan_to_num())
+        hidden_B = 1 - (visible_BG * self.share_RG.index_select(0, self.place_B)).sum(1)
+        left_B = ((depth_B - total_B).clamp_min(0) + _LEFT_PSEUDOCOUNT) / (
+            depth_B * hidden_B.clamp_min(0) + _LEFT_PSEUDOCOUNT
+        )
+        left_B = torch.log(left_B).clamp(-_MOST_LEFT, _MOST_LEFT)
+        return torch.where(self.depth_B.isnan(), 0.0, left_B)
 
 
 class AverageCell(nn.Module):
@@ -68,6 +99,7 @@ class AverageCell(nn.Module):
         self.gate_weight_G = nn.Parameter(torch.ones(n_genes))
         self.value_weight_G = nn.Parameter(torch.ones(n_genes))
         self.amount_A = nn.Parameter(torch.zeros(2 * n_statistics))
+        self.left_amount = nn.Parameter(torch.ones(()))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -106,12 +138,14 @@ class AverageCell(nn.Module):
             detected_RG, log_RG = _scaled(detected_RG, log_RG, _ratios_of_effect(detected_RG, log_RG, delta_RG))
         if depth_B is None or log_library is None:
             return AverageCells(detected_RG, log_RG, place_B)
-        log_total_R = torch.log((detected_RG * _typical(detected_RG, log_RG)).sum(1))
-        log_total = torch.log((detection_G * _typical(detection_G.clamp_min(_LEAST_DETECTION), mean_log_G)).sum())
-        usual_B = log_library + (log_total_R - log_total).index_select(0, place_B)
+        mean_RG = detected_RG * _typical(detected_RG, log_RG)
+        total_R1 = mean_RG.sum(1, keepdim=True)
+        total = (detection_G * _typical(detection_G.clamp_min(_LEAST_DETECTION), mean_log_G)).sum()
+        usual_B = log_library + torch.log(total_R1[:, 0] / total).index_select(0, place_B)
         ratio_B1 = torch.exp((depth_B - usual_B).nan_to_num())[:, None].clamp(*_RATIOS_OF_DEPTH)
         detected_BG, log_BG = _scaled(detected_RG.index_select(0, place_B), log_RG.index_select(0, place_B), ratio_B1)
-        return AverageCells(detected_BG, log_BG, torch.arange(len(place_B), device=place_B.device))
+        share_BG = (mean_RG / total_R1).index_select(0, place_B)
+        return AverageCells(detected_BG, log_BG, torch.arange(len(place_B), device=place_B.device), depth_B, share_BG)
 
     def offsets(self, average: AverageCells, detection_G: Tensor, mean_log_G: Tensor) -> Offsets:
         """Give what takes the head from the marginals of all training cells to those of the average cells."""
@@ -119,7 +153,14 @@ class AverageCell(nn.Module):
         gate_RG = torch.logit(average.detected_RG) - torch.logit(all_G)
         fold_RG = torch.log(_typical(average.detected_RG, average.log_RG) / _typical(all_G, mean_log_G))
         fold_RG = fold_RG.clamp(-_MOST_FOLD, _MOST_FOLD) * self.value_weight_G
-        return Offsets(gate_RG * self.gate_weight_G, fold_RG, self.amount_A, average.place_B)
+        offsets = Offsets(gate_RG * self.gate_weight_G, fold_RG, self.amount_A, average.place_B)
+        if average.depth_B is None:
+            return offsets
+        # Of a negative binomial of dispersion 1/2; a Poisson count's detection would follow depth beyond all measure
+        # where nearly every cell shows a gene.
+        undetected_RG = 1 - average.detected_RG
+        gate_slope_RG = 2 / (1 + undetected_RG.sqrt())
+        return replace(offsets, gate_slope_RG=gate_slope_RG, fold_slope_RG=1 - gate_slope_RG * undetected_RG)
 
 
 def _typical(detected_RG: Tensor, log_RG: Tensor) -> Tensor:

@@ -143,6 +143,9 @@ class GatedDistribution(CountDistribution):
             logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
             if self._offsets is not None:
                 logits_BG = logits_BG + self._offsets.gate_RG.index_select(0, self._offsets.place_B)
+                if self._offsets.left_B is not None:
+                    slope_BG = self._offsets.gate_slope_RG.index_select(0, self._offsets.place_B)
+                    logits_BG = logits_BG + self._offsets.left_B[:, None] * slope_BG
             return logits_BG
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
@@ -209,7 +212,11 @@ class GatedDistribution(CountDistribution):
         codes_ME = self._head.gene_GE[positions.gene_M]
         logits_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
         if self._offsets is not None:
-            logits_M = logits_M + self._offsets.gate_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
+            place_M = self._offsets.place_B[positions.cell_M]
+            logits_M = logits_M + self._offsets.gate_RG[place_M, positions.gene_M]
+            if self._offsets.left_B is not None:
+                slope_M = self._offsets.gate_slope_RG[place_M, positions.gene_M]
+                logits_M = logits_M + self._offsets.left_B[positions.cell_M] * slope_M
         return logits_M
 
     def _small_logits(self, positions: Positions) -> Tensor:
@@ -233,6 +240,9 @@ class GatedDistribution(CountDistribution):
         fold_RG = self._offsets.fold_RG
         place_M = self._offsets.place_B.index_select(0, positions.cell_M) * fold_RG.shape[1] + positions.gene_M
         fold_M = fold_RG.flatten().index_select(0, place_M)
+        if self._offsets.left_B is not None:
+            slope_M = self._offsets.fold_slope_RG.flatten().index_select(0, place_M)
+            fold_M = fold_M + self._offsets.left_B.index_select(0, positions.cell_M) * slope_M
         return self._offsets.amount_A[first : first + N_STATISTICS] * fold_M[:, None]
 
     def _fp32(self) -> torch.autocast:

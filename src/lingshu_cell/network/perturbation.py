@@ -104,7 +104,7 @@ class DepthReader(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("sd", torch.ones(()))
-        self.into = nn.Linear(2 * _N_DEPTH_FREQUENCIES + 2, width, bias=False)
+        self.into = nn.Linear(2 * _N_DEPTH_FREQUENCIES + 3, width, bias=False)
 
     @torch.no_grad()
     def start_at(self, mean: float, sd: float) -> None:
@@ -117,9 +117,11 @@ class DepthReader(nn.Module):
         """Log of the mean library size, as library sizes are about log-normal."""
         return self.mean + self.sd**2 / 2
 
-    def forward(self, depth_B: Tensor) -> Tensor:
+    def forward(self, depth_B: Tensor, left_B: Tensor) -> Tensor:
         """Give what the depth of each cell adds to the trunk, B × D; 0 where none is asked for."""
         known_B1 = ~depth_B.isnan()[:, None]
         z_B1 = ((depth_B.nan_to_num() - self.mean) / self.sd)[:, None]
         angle = z_B1 * (2.0 ** torch.arange(_N_DEPTH_FREQUENCIES, device=z_B1.device)) * (math.pi / 8)
-        return self.into(torch.cat([angle.sin(), angle.cos(), z_B1, torch.ones_like(z_B1)], dim=1) * known_B1)
+        return self.into(
+            torch.cat([angle.sin(), angle.cos(), z_B1, left_B[:, None], torch.ones_like(z_B1)], dim=1) * known_B1
+        )

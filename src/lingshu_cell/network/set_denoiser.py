@@ -11,7 +11,7 @@ Shapes: B cells, G genes, C condition fields, E gene width, D trunk width, F fea
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -166,24 +166,28 @@ class SetDenoiser(nn.Module, Denoiser):
     def _answer(
         self, evidence: Evidence, x_t_BG: Tensor, conditions: Conditions, relative: Relative | None
     ) -> CountDistribution:
-        detected_BE, log_BE = evidence.detected_BE, evidence.log_BE
+        detected_BE, log_BE, offsets, left_B = evidence.detected_BE, evidence.log_BE, None, None
         if relative is not None:
-            of_average = self._expected(x_t_BG, relative[0])
+            average, offsets = relative
+            visible_BG = (x_t_BG != MASK_TOKEN).float()
+            of_average = self._expected(visible_BG, average)
             detected_BE, log_BE = detected_BE - of_average[0], log_BE - of_average[1]
+            if average.depth_B is not None:
+                left_B = average.left(visible_BG, evidence.total_B)
+                offsets = replace(offsets, left_B=left_B * self.average_cell.left_amount)
         feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
-        h_BD = h_BD + self.feature_in(feature_BF) + self._at_rest(conditions)
+        h_BD = h_BD + self.feature_in(feature_BF) + self._at_rest(conditions, left_B)
         for block in self.blocks:
             h_BD = block(h_BD, feature_BF)
         if self.perturbation is not None and conditions.perturbation_BP is not None:
             h_BD = self.response(h_BD, self.perturbation(conditions))
-        return self.head(self.norm(h_BD), None if relative is None else relative[1])
+        return self.head(self.norm(h_BD), offsets)
 
-    def _expected(self, x_t_BG: Tensor, average: AverageCells) -> tuple[Tensor, Tensor]:
+    def _expected(self, visible_BG: Tensor, average: AverageCells) -> tuple[Tensor, Tensor]:
         """Evidence that the visible genes of an average cell of each condition would add up to, beyond that of all
         training cells; twice B × E.
         """
-        visible_BG = (x_t_BG != MASK_TOKEN).float()
         sums = []
         for of_average_RG, of_all_G, weight_G in (
             (average.detected_RG, self.detection_G, self.detection_weight_G),
@@ -193,7 +197,7 @@ class SetDenoiser(nn.Module, Denoiser):
             sums.append((more_BG @ (self.head.gene_GE * weight_G[:, None])).float())
         return sums[0], sums[1]
 
-    def _at_rest(self, conditions: Conditions) -> Tensor:
+    def _at_rest(self, conditions: Conditions, left_B: Tensor | None) -> Tensor:
         """What the conditions say of a cell before anything is done to it: categories, context, library size; B × D."""
         h_BD = self.condition(conditions.category_BC + self.first_row_C).sum(1)
         if self.context is not None and conditions.context is not None:
@@ -201,7 +205,7 @@ class SetDenoiser(nn.Module, Denoiser):
             expected_2G = torch.stack([self.detection_G, self.mean_log_G])
             h_BD = h_BD + self.context(conditions.context, self.head.gene_GE, weights_2G, expected_2G)
         if self.depth is not None and conditions.depth_B is not None:
-            h_BD = h_BD + self.depth(conditions.depth_B)
+            h_BD = h_BD + self.depth(conditions.depth_B, left_B)
         return h_BD
 
     @torch.no_grad()
