@@ -224,7 +224,7 @@ def test_cells_get_the_depth_asked_for_even_untrained():
         spreads = []
         for amount in (1.0, 0.0):
             one = network(mean_G=means() ** 0.3)  # as in real cells, most genes show 0, 1 or 2
-            one.average_cell.left_amount.fill_(amount)
+            one.average_cell.left_amount_1.fill_(amount)
             made = sample_cells(one, x_BG, told(depth=depth, n=64), noise, GRIDS["uniform"](N_GENES, 30).tolist())
             log_B = one.count_T[made].sum(1).log()
             spreads.append(float(log_B.std()))

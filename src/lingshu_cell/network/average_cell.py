@@ -99,7 +99,7 @@ class AverageCell(nn.Module):
         self.gate_weight_G = nn.Parameter(torch.ones(n_genes))
         self.value_weight_G = nn.Parameter(torch.ones(n_genes))
         self.amount_A = nn.Parameter(torch.zeros(2 * n_statistics))
-        self.left_amount = nn.Parameter(torch.ones(()))
+        self.left_amount_1 = nn.Parameter(torch.ones(1))
 
     @torch.no_grad()
     def initialise(self) -> None:
