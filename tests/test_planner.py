@@ -129,9 +129,9 @@ def test_training_itself_wants_a_number(pbmc, tmp_path):
 def test_the_command_foretells_and_writes_nothing(cells_file, tmp_path, capsys):
     from lingshu_cell.cli import main
 
-    words = ["--set", "network.width=16", "--set", "network.gene_width=8", "--set", "training.minibatch_size=auto"]
+    words = ["--set", "network.width=16", "--set", "network.gene_width=8"]
     with pytest.raises(SystemExit) as end:
         main(["train", str(cells_file), "--out", str(tmp_path / "run"), "--dry-run", "--json", *words])
     told = json.loads(capsys.readouterr().out)
     assert end.value.code == 0 and told["what"] == "training" and not list(tmp_path.iterdir())
-    assert told["config"]["training"]["minibatch_size"] == 128 and told["sizes"]["minibatch_size"] == 128
+    assert told["config"]["training"]["steps"] == told["sizes"]["steps"] == 300
