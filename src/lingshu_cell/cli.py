@@ -39,6 +39,7 @@ from lingshu_cell.commands import (
 from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED
 from lingshu_cell.console import give, say, send_messages_to_stderr
 from lingshu_cell.errors import EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError, one_line
+from lingshu_cell.launch import is_first
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
 
@@ -131,7 +132,7 @@ def _one_line(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, _UsageProblem):
         return f"error: {one_line(error.format_message())}. See lingshu --help.", EXIT_CODE_USER_ERROR
     if isinstance(error, (_Stopped, typer.Abort)):
-        return "stopped by Ctrl-C", EXIT_CODE_INTERRUPTED
+        return "stopped by Ctrl-C" if is_first() else "", EXIT_CODE_INTERRUPTED
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
         remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"

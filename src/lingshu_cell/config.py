@@ -25,7 +25,7 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What is read from the AnnData files and how cells are split."""
 
-    layer: str | None = Field(None, description="Layer with raw counts; X when not given.")
+    layer: str | None = Field(None, description="Layer with raw counts; X when not given. A store has but one.")
     condition_keys: tuple[str, ...] = Field((), description="obs columns the model is conditioned on, e.g. cell_type.")
     perturbation_key: str | None = Field(
         None, description="obs column of perturbations (gene target, cytokine, drug; control cells have a label too)."
@@ -53,9 +53,13 @@ class DataConfig(_Section):
     min_cells_per_gene: int = Field(
         3, ge=0, description="Genes detected in fewer training cells are drawn from their frequency, not modelled."
     )
-    min_coverage: float = Field(0.5, ge=0, le=1, description="Least share of the gene list every data set must cover.")
+    min_coverage: float = Field(
+        0.5, ge=0, le=1, description="Least share of the gene list every file must cover; not asked of a store."
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="Share of cells held out for the validation NELBO.")
-    split_seed: int = Field(0, ge=0, description="Seed of the training / validation split.")
+    split_seed: int = Field(
+        0, ge=0, description="Seed of the training / validation split; of a store: which block of its cells validates."
+    )
 
     def assembly(self) -> dict[str, Any]:
         """Give the settings that decide how data sets are brought together."""
@@ -133,8 +137,9 @@ class TrainingConfig(_Section):
     max_seconds: float | None = Field(
         None, gt=0, description="Training ends after so many seconds if not earlier; the learning rate follows."
     )
-    minibatch_size: int = Field(
-        128, ge=1, le=_MOST_CELLS_AT_ONCE, description="Cells per optimiser step, over all processes."
+    minibatch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=_MOST_CELLS_AT_ONCE)] = Field(
+        128,
+        description="Cells per optimiser step, over all processes; auto: the preset's, halved till it fits.",
     )
     microbatch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Cells that each process computes at once; auto: all, and half when memory runs out."
@@ -171,9 +176,6 @@ class TrainingConfig(_Section):
     )
     identity_dropout: float = Field(
         0.2, ge=0, le=1, description="Share of cells trained on their context in place of their identity labels."
-    )
-    rest_share: float = Field(
-        0.3, ge=0, le=1, description="Share of training before perturbations are told: identities are learned first."
     )
     depth_dropout: float = Field(
         0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
@@ -214,6 +216,9 @@ class GenerationConfig(_Section):
     )
     tile_size: int = Field(
         64, ge=2, le=1 << 16, description="Rows of every network call; part of what determines a cell's rounding."
+    )
+    shard_cells: int = Field(
+        2048, ge=2, le=1 << 20, description="Most cells of a shard, where cells are written to a folder."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the run; cell i uses (seed, i).")
 
