@@ -10,19 +10,20 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums commands data data.effect_regression datasets diffusion diffusion.randomness ema errors figures "
-    "judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
-    "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
-    "network.conditions network.layers network.tilting tokens",
-    "checkpoint config data.condition_labels data.count_blocks data.counts data.effects data.gene_embeddings "
-    "data.gene_sets data.gene_tables data.labels data.perturbations data.quality data.splits data.store_files "
-    "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder guidance_store history "
-    "metrics.catalogue metrics.cell_eval metrics.cell_eval2 metrics.folder network.distribution "
-    "network.perturbation pages response_judgement",
-    "commands.options data.anndata_io data.condition_splits data.de_tables data.embedding_sources data.gene_doctor "
-    "data.prior_effects data.shards data.store_writer diffusion.information diffusion.loss diffusion.sampler "
-    "diffusion.tilt network.compression network.gate_head",
-    "check_vcc2026 curve_store data.sources data.split_files data.store diffusion.guidance diffusion.plan "
+    "checksums commands data data.effect_regression data.hdf5_output datasets diffusion diffusion.randomness ema "
+    "errors figures judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth "
+    "metrics.doublets metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample "
+    "network network.conditions network.layers network.tilting tokens",
+    "config data.condition_labels data.count_blocks data.counts data.effects data.gene_sets "
+    "data.gene_tables data.labels data.perturbations data.quality data.splits data.store_files "
+    "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder "
+    "metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.distribution network.perturbation output_files "
+    "response_judgement",
+    "checkpoint commands.options data.anndata_io data.condition_splits data.de_tables data.gene_doctor "
+    "data.gene_embeddings data.shards data.store_writer diffusion.information diffusion.loss diffusion.sampler "
+    "diffusion.tilt guidance_store history metrics.folder network.compression network.gate_head pages",
+    "check_vcc2026 curve_store data.embedding_sources data.prior_effects data.sources data.split_files data.store "
+    "diffusion.guidance diffusion.plan "
     "diffusion.priors metrics.differential metrics.inputs network.set_denoiser network.transformer_denoiser "
     "perturbation_effects response_samples run_config",
     "baselines data.loader data.scan data.training_set evaluate export_vcc2026 network.denoiser response_figures "

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from lingshu_cell.checksums import checksum, sha256
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import discard, flush, flush_all
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
 _MOST_MANIFEST_BYTES = 1 << 28
+_UNFINISHED = ".checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ def save_checkpoint(
         If the disk is full or the folder cannot be written; the checkpoints before stay whole.
     """
     final = run / f"checkpoint-{step:08d}"
-    draft = run / f".{final.name}.tmp"
+    draft = run / f"{_UNFINISHED}{step:08d}.tmp"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        sweep(run)
         draft.mkdir()
         for name, values in tensors.items():
             save_file(
@@ -107,18 +109,30 @@ def save_checkpoint(
         content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         content["checksum"] = checksum(content)
         (draft / "manifest.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        _to_disk(draft)
+        flush_all(draft)
         if final.exists():
-            shutil.rmtree(final)
+            discard(final)
         os.replace(draft, final)
+        flush(run)  # before older ones go: a power cut must not take both
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise LingshuError(
             "The run folder must be writable", f"{run}: {error}", "Free some space or change --out"
         ) from None
     for old in _folders(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
     return final
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed process left of checkpoints that it was writing or removing."""
+    for rest in run.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Say whether a name in a run folder is that of such a rest."""
+    return name.startswith(_UNFINISHED)
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -135,7 +149,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         raise LingshuError(
             "A run folder must hold a checkpoint",
             f"none found in {path}",
-            "Pass the folder that lingshu train --out wrote",
+            "Pass the folder that lingshu train --out wrote; a run that ended before its first checkpoint starts anew "
+            "without --resume",
         )
     folder = folders[-1]
     try:
@@ -159,15 +174,6 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 def _folders(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _NAME.fullmatch(p.name)) if run.is_dir() else []
-
-
-def _to_disk(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _damaged(folder: Path, finding: str) -> LingshuError:

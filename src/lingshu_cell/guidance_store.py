@@ -1,11 +1,10 @@
 """The guidance that a calibration found for a run, on disk beside its checkpoints."""
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import read_checked_json, writable, write_checked_json
 
 GUIDANCE_NAME = "guidance.json"
 
@@ -40,9 +39,8 @@ class Calibration:
 def save_calibration(run: Path, calibration: Calibration) -> Path:
     """Write ``RUN/guidance.json``; the file appears when it is whole."""
     file = run / GUIDANCE_NAME
-    beside = run / f".{GUIDANCE_NAME}.part"
-    beside.write_text(json.dumps(asdict(calibration), indent=1), encoding="utf-8")
-    os.replace(beside, file)
+    with writable("The run folder must be writable", file, "Free some space or check the rights"):
+        write_checked_json(file, asdict(calibration))
     return file
 
 
@@ -58,7 +56,7 @@ def load_calibration(run: Path, checkpoint_step: int) -> Calibration | None:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_checked_json(file)
         values |= {name: tuple(values[name]) for name in ("scales", "slopes", "conditions")}
         calibration = Calibration(**values)
         scale_is_number = isinstance(calibration.scale, (int, float))

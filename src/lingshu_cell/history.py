@@ -2,16 +2,21 @@
 
 import contextlib
 import csv
-import fcntl
-import os
+import io
+import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import locked, writable, write_text
 
 COLUMNS = ("step", "loss", "validation_nelbo", "bits_per_gene", "learning_rate", "gradient_norm", "seconds")
 """loss and validation_nelbo in nats per cell; seconds since this process began to train."""
+
+_RULE = "The run folder must be writable"
+_REMEDY = "Free some space or check the rights, then go on with --resume"
 
 
 class History:
@@ -28,22 +33,21 @@ class History:
     """
 
     def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
-        path = run / "history.csv"
-        kept: list[dict[str, str]] = []
-        if step and path.is_file():
-            with open(path, newline="", encoding="utf-8") as stream:
-                kept = [row for row in csv.DictReader(stream) if int(row["step"]) <= step]
-        self._stream = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._path = path = run / "history.csv"
+        kept = _whole_rows(path, step) if step and path.is_file() else []
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([COLUMNS, *kept])
+        with writable(_RULE, path, _REMEDY):
+            write_text(path, text.getvalue())
+            self._stream = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._writer = csv.DictWriter(self._stream, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._stream.flush()
         self._events = _events(run) if tensorboard else None
 
     def add(self, **row: Any) -> None:
         """Add a row; None leaves its cell empty."""
-        self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
-        self._stream.flush()
+        with writable(_RULE, self._path, _REMEDY):
+            self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
+            self._stream.flush()
         if self._events:
             for key, value in row.items():
                 if value is not None and key != "step":
@@ -51,9 +55,29 @@ class History:
 
     def close(self) -> None:
         """Close the files."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # what could not be written was said
+            self._stream.close()
         if self._events:
             self._events.close()
+
+
+def _whole_rows(path: Path, step: int) -> list[list[str]]:
+    """Read the rows up to a step; of what a full disk or a damage left broken, say so and go on without it."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
+        lines = stream.read().splitlines()[1:]
+    rows = [line.split(",") for line in lines]
+    whole = [row for row in rows if _is_whole(row)]
+    if len(whole) < len(rows):
+        warnings.warn(f"{path}: {len(rows) - len(whole)} broken rows were left out", stacklevel=2)
+    return [row for row in whole if int(row[0]) <= step]
+
+
+def _is_whole(row: list[str]) -> bool:
+    try:
+        int(row[0])
+        return len(row) == len(COLUMNS) and all(math.isfinite(float(value or 0)) for value in row)
+    except ValueError:
+        return False
 
 
 def _events(run: Path) -> Any:
@@ -69,14 +93,8 @@ def _events(run: Path) -> Any:
 @contextlib.contextmanager
 def lock_run(run: Path) -> Iterator[None]:
     """Hold a run folder for this process; the lock goes with the process, however it ends."""
-    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LingshuError(
-                "One run folder belongs to one training at a time", f"{run} is in use", "Wait, or change --out"
-            ) from None
+    rule = "One run folder belongs to one training at a time"
+    with contextlib.ExitStack() as held:
+        with writable(_RULE, run, "Check the rights, or change --out"):
+            held.enter_context(locked(run, rule, f"{run} is in use", "Wait, or change --out"))
         yield
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lingshu_cell.checkpoint import load_checkpoint, save_checkpoint
+from lingshu_cell.checkpoint import is_unfinished, load_checkpoint, save_checkpoint, sweep
 from lingshu_cell.conditioning import build_conditioner, standard_doses
 from lingshu_cell.config import Config, DataConfig, TrainingConfig
 from lingshu_cell.data.anndata_io import read_counts
@@ -34,6 +34,7 @@ from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.history import History, lock_run
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
+from lingshu_cell.output_files import writable, write_text
 
 LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
 _VALIDATION_CELLS = 512
@@ -117,6 +118,8 @@ def train(
     for note in cells.notes:
         on_note(note)
     with lock_run(run):
+        _check_output(run, resume)  # once more: another process may have trained here while we read the data
+        sweep(run)
         return _Trainer(run, config, cells, resume).run_all(on_progress, on_note)
 
 
@@ -161,7 +164,8 @@ class _Trainer:
             f"{self.config.preset}: {n_parameters / 1e6:.1f} M parameters on {self.device}, "
             f"{len(self.cells.train):,} training cells"
         )
-        (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
+        with writable("The run folder must be writable", self.run, "Free some space, then go on with --resume"):
+            write_text(self.run / "config.json", self.config.model_dump_json(indent=1))
         started, first_step, seconds_before = time.monotonic(), self.step, self.seconds
         with _stop_signals() as stop_asked, contextlib.closing(self.history):
             while not self._finished() and not stop_asked():
@@ -466,8 +470,10 @@ def _check_output(run: Path, resume: bool) -> None:
     if resume and not run.is_dir():
         raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
     # A run that ended before its first checkpoint leaves only these; starting again over them loses nothing.
-    bare = {".lock", "config.json", "history.csv", "tensorboard"}
-    if not resume and run.exists() and (not run.is_dir() or any(p.name not in bare for p in run.iterdir())):
+    bare = {".lock", "config.json", "history.csv", "tensorboard", ".config.json.tmp", ".history.csv.tmp"}
+    names = [p.name for p in run.iterdir()] if run.is_dir() else []
+    taken = any(name not in bare and not is_unfinished(name) for name in names)
+    if not resume and run.exists() and (not run.is_dir() or taken):
         raise LingshuError("A new run needs a new folder", f"{run} exists", "Pass --resume, or another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
