@@ -181,7 +181,7 @@ class Campaign:
             where = f"{command.name}, {'whole process, ' if whole else ''}{disturbance}"
             if ended.code == 0:
                 break  # it was done before
-            early = not targeted and disturbance.after < _START_SECONDS and whole
+            early = not targeted and disturbance.after < (_START_SECONDS if whole else _START_SECONDS / 10)
             if ended.code == 2 and "exist" in ended.err:
                 break  # the one before had given the output its name
             if ended.code not in (*_STOPPED_CODES[number], *((-number, 1, 130) if early else ())):

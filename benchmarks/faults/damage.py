@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ def run(
                     read += 1
                     if not _is_found_out(root, file, how):
                         problems.append(f"{what}: {file} {how} was read")
+        given = [(words, _with_whole_files(words, root)) for words in _given(what, commands)]
         tasks = [
-            (what, root, file, how, commands)
+            (what, root, file, how, given)
             for file in files
             for how in _ways(root / file, rng, _FLIPS_COMMAND, _CUTS_COMMAND)
         ]
@@ -73,7 +74,7 @@ def _make_run(commands: dict[str, Command], folder: Path) -> Path:
 
 def _make_unfinished(prepare: Command, folder: Path) -> Path:
     """End ``prepare`` when it has made some of its shards."""
-    for at in range(60, 0, -6):
+    for at in range(130, 10, -7):
         shutil.rmtree(folder)
         folder.mkdir()
         fork(prepare.words, folder, Disturbance(signal.SIGKILL, at=at))
@@ -119,33 +120,39 @@ def _is_found_out(root: Path, file: Path, how: tuple[str, int]) -> bool:
     return False
 
 
+def _given(what: str, commands: dict[str, Command]) -> list[tuple[str, ...]]:
+    """Say which commands read it."""
+    if what != "a finished run":
+        return [commands["prepare"].words]
+    generate = ("generate", "run", "--n", "8", "--out", "cells.h5ad", "--device", "cpu", "--overwrite")
+    return [generate, commands["train"].resume or (), ("schedule", "run")]
+
+
+def _with_whole_files(words: tuple[str, ...], root: Path) -> dict[str, str]:
+    """Give what a command leaves where nothing is damaged."""
+    folder = root.with_name(f"{root.name}-whole")
+    shutil.copytree(root, folder)
+    _must(fork(words, folder))
+    left = contents(folder)
+    shutil.rmtree(folder)
+    return left
+
+
 def _by_commands(
-    what: str, root: Path, file: Path, how: tuple[str, int], commands: dict[str, Command]
+    what: str, root: Path, file: Path, how: tuple[str, int], given: Sequence[tuple[tuple[str, ...], dict[str, str]]]
 ) -> tuple[str, list[str]]:
     """Give damage to the commands that read it; a command must refuse it or be unmoved by it."""
     outcome, problems = "nothing", []
     folder = root.with_name(f"{root.name}-{file.name}-{how[0]}-{how[1]}")
-    if what == "a finished run":
-        generated = ("generate", "run", "--n", "8", "--out", "cells.h5ad", "--device", "cpu", "--overwrite")
-        given = [generated, commands["train"].resume, ("schedule", "run")]
-    else:
-        given = [commands["prepare"].words]
-    shutil.copytree(root, folder, symlinks=True, copy_function=shutil.copy2)
-    _must_equal = {}
-    for words in given:  # what they do with whole files
-        whole = folder.with_name(folder.name + "-whole")
-        shutil.copytree(root, whole)
-        _must(fork(words, whole))
-        _must_equal[words[0]] = contents(whole)
-        shutil.rmtree(whole)
+    shutil.copytree(root, folder)
     (folder / file).write_bytes(_damaged((root / file).read_bytes(), how))
     damaged = contents(folder)
-    for words in given:
+    for words, wanted in given:
         ended = fork(words, folder)
         if ended.code == 0:
             others = [
                 one
-                for one in differing(contents(folder), _must_equal[words[0]])
+                for one in differing(contents(folder), wanted)
                 if str(file) not in one
                 and not one.endswith("cells.h5ad")
                 or one.startswith("other bytes in cells.h5ad")
