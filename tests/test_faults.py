@@ -1,5 +1,6 @@
-"""What is left when the machine fails: kills, full disks, lost rights, two at once. The campaign is benchmarks/faults."""
+"""What is left when the machine fails: kills, full disks, two at once. The campaign is in benchmarks/faults."""
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -188,10 +189,8 @@ def test_checked_json_shows_every_flipped_bit_and_cut(tmp_path):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
-        try:
+        with contextlib.suppress(ValueError):
             assert read_checked_json(file) == value  # blanks between values, which mean nothing
-        except ValueError:
-            pass
     for length in range(len(whole) - 2):  # the last bytes are the brace and an end of line
         file.write_bytes(whole[:length])
         with pytest.raises(ValueError):
@@ -211,7 +210,7 @@ def test_a_folder_being_removed_is_whole_or_not_there(tmp_path, at):
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.99])
 @pytest.mark.parametrize("how", ["pieces", "whole", "shard"])
 def test_hdf5_on_a_full_disk_is_one_error_and_leaves_nothing(pbmc, tmp_path, capfd, how, share):
     file = tmp_path / "a.h5ad"
@@ -312,7 +311,7 @@ def test_training_goes_on_after_kills_wherever_they_fall(pbmc, tmp_path):
     expected = load_checkpoint(wanted).manifest["checksum"]
     rng = np.random.default_rng(0)
     n_killed = 0
-    for trial in range(6):
+    for trial in range(3):
         run = tmp_path / f"run-{trial}"
         run.mkdir()
         for _ in range(2):
@@ -326,7 +325,7 @@ def test_training_goes_on_after_kills_wherever_they_fall(pbmc, tmp_path):
         assert {file.name for file in run.iterdir()} == {file.name for file in wanted.iterdir()}
         rows, others = ((f / "history.csv").read_text().splitlines() for f in (run, wanted))
         assert [row.rsplit(",", 1)[0] for row in rows] == [row.rsplit(",", 1)[0] for row in others]
-    assert n_killed >= 6
+    assert n_killed >= 3
 
 
 @pytest.mark.filterwarnings("ignore:Cells without any counts")
@@ -359,26 +358,27 @@ def unfinished(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_damaged_unfinished_store_is_refused_or_mended(files, undisturbed, unfinished, tmp_path):
     rng, outcomes = np.random.default_rng(0), {"refused": 0, "mended": 0}
     expected = open_store(undisturbed).fingerprint
-    for file in sorted(path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()):
+    files_there = sorted(path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file())
+    for number, file in enumerate(files_there):
         content = (unfinished / file).read_bytes()
         if not content:
             continue
         bit = int(rng.integers(8 * len(content)))
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
-        for damaged in (bytes(flipped), content[: len(content) // 2]):
-            store = tmp_path / "store"
-            shutil.copytree(unfinished, store)
-            (store / file).write_bytes(damaged)
-            try:
-                prepare(files, store, cells_per_shard=SHARD)
-                assert open_store(store, verify=True).fingerprint == expected, file
-                outcomes["mended"] += 1
-            except LingshuError as error:
-                assert "An unfinished store must be whole" in str(error), file
-                outcomes["refused"] += 1
-            shutil.rmtree(store)
-    assert min(outcomes.values()) >= 3
+        damaged = bytes(flipped) if number % 2 else content[: len(content) // 2]
+        store = tmp_path / "store"
+        shutil.copytree(unfinished, store)
+        (store / file).write_bytes(damaged)
+        try:
+            prepare(files, store, cells_per_shard=SHARD)
+            assert open_store(store, verify=True).fingerprint == expected, file
+            outcomes["mended"] += 1
+        except LingshuError as error:
+            assert "An unfinished store must be whole" in str(error), file
+            outcomes["refused"] += 1
+        shutil.rmtree(store)
+    assert min(outcomes.values()) >= 1
 
 
 def test_a_finished_store_that_lost_a_shard_is_not_up_to_date(files, undisturbed, tmp_path):

@@ -4,18 +4,19 @@
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recording import Stopwatch, environment, say, write_result
-
 import campaign
 from commands import make_commands
 from processes import import_everything
+from recording import ROOT, Stopwatch, environment, say, write_result
 
+KEPT = ROOT / "build" / "faults"
 ABOUT = (
     "What is left when the machine fails: commands ended at random moments and at chosen ones, disks that are full, "
     "files that are cut off or have a flipped bit, folders that may not be written, and two processes on one output. "
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="+", help="names of commands")
+    parser.add_argument("--reuse", action="store_true", help="take the parts that an earlier call finished from build/")
     parser.add_argument("--result", default="faults", help="name of the result; - writes none")
     options = parser.parse_args()
     facts, watch = environment(), Stopwatch()
@@ -38,10 +40,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lingshu-faults-") as scratch:
         work = Path(scratch) / "work"
         work.mkdir()
-        commands = make_commands(work, options.only)
-        say(f"{len(commands)} commands, set up in {watch.seconds():.0f} s")
-        found = campaign.Campaign(Path(scratch), commands, options.seed, options.jobs, options.kills)
-        body, sections = found.run(options.parts)
+        done = {part: KEPT / f"{part}.json" for part in options.parts if options.reuse}
+        done = {part: json.loads(file.read_text()) for part, file in done.items() if file.is_file()}
+        if left := [part for part in options.parts if part not in done]:
+            commands = make_commands(work, options.only)
+            say(f"{len(commands)} commands, set up in {watch.seconds():.0f} s")
+            found = campaign.Campaign(Path(scratch), commands, options.seed, options.jobs, options.kills)
+            KEPT.mkdir(parents=True, exist_ok=True)
+            for part in found.run(left):
+                done[part["part"]] = part
+                (KEPT / f"{part['part']}.json").write_text(json.dumps(part))
+    sections = [done[part]["section"] for part in options.parts]
+    body = {part: done[part]["numbers"] for part in options.parts}
+    body["problems"] = [one for part in options.parts for one in done[part]["problems"]]
     body["seconds"] = round(watch.seconds(), 1)
     problems = body["problems"]
     sections.append("## What went wrong\n\n" + ("\n".join(f"- {one}" for one in problems) or "Nothing."))

@@ -1,4 +1,4 @@
-"""All parts of the campaign: each disturbs every command in its way and holds what is left against an undisturbed run."""
+"""All parts of the campaign: each disturbs every command its way and holds what is left against an undisturbed run."""
 
 import json
 import os
@@ -8,18 +8,17 @@ import signal
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from recording import markdown_table, say
-
 import damage
 import disks
+import numpy as np
 from commands import Command, by_weight, contents, differing, half_written
 from processes import Disturbance, fork, started, whole_process, without_privileges
+from recording import markdown_table, say
 
 PARTS = ("order", "kills", "disks", "damage", "rights", "twice")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -51,24 +50,24 @@ class Campaign:
     n_kills: int
     undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
 
-    def run(self, parts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """Run parts; give the numbers, with all ``problems``, and the sections of the page."""
+    def run(self, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Run parts; give for each its numbers, what went wrong, and its section of the page."""
         for command in self.commands:
-            self.undisturbed[command.name] = self._undisturbed(command)
-            say(f"{command.name}: {self.undisturbed[command.name].seconds:.1f} s, "
-                f"{len(self.undisturbed[command.name].events)} events")  # fmt: skip
-        body: dict[str, Any] = {"problems": []}
-        sections = []
+            known = self.undisturbed[command.name] = self._undisturbed(command)
+            say(f"{command.name}: {known.seconds:.1f} s, {len(known.events)} events")
         for part in parts:
             begun = time.monotonic()
             numbers, problems, section = getattr(self, f"_{part}")()
-            body[part] = {**numbers, "seconds": round(time.monotonic() - begun, 1), "n_problems": len(problems)}
-            body["problems"] += [f"{part}: {one}" for one in problems]
-            sections.append(section)
-            say(f"{part}: {len(problems)} problems, {body[part]['seconds']:.0f} s")
+            seconds = round(time.monotonic() - begun, 1)
+            say(f"{part}: {len(problems)} problems, {seconds:.0f} s")
             for one in problems:
                 say(f"  {one}")
-        return body, sections
+            yield {
+                "part": part,
+                "numbers": {**numbers, "seconds": seconds, "n_problems": len(problems)},
+                "problems": [f"{part}: {one}" for one in problems],
+                "section": section,
+            }
 
     def place(self, name: str) -> Path:
         """Make a folder for a trial."""
@@ -128,9 +127,9 @@ class Campaign:
             problems += [f"{command.name}: {one}" for one in found]
         table = markdown_table(("command", "renames", "flushes", "out of order"), rows)
         text = (
-            "## Flushed before renamed\n\nEvery file that gets its final name was flushed to the disk since it was last "
-            "written, its folder is flushed afterwards, and before anything older is removed; no file is written under "
-            "its final name but the growing log `history.csv`.\n\n" + table
+            "## Flushed before renamed\n\nEvery file that gets its final name was flushed to the disk since it was "
+            "last written, its folder is flushed afterwards, and before anything older is removed; no file is written "
+            "under its final name but the growing log `history.csv`.\n\n" + table
         )
         return {"rows": rows}, problems, text
 
@@ -155,10 +154,10 @@ class Campaign:
         rows.append(("all", total, *(sum(one[kind] for one in counts.values()) for kind in names)))
         text = (
             f"## {total} kills\n\nUp to {_MOST_IN_A_ROW} in a row, then the command once more as a user gives it "
-            "(`train` with `--resume` once there is a checkpoint). *random*: after a random time; *targeted*: right before "
-            "a chosen write, rename, removal or flush. After each kill no file with a final name may be half-written; at "
-            "the end every file must be, bit for bit, what an undisturbed command writes (wall times aside), and nothing "
-            "else may be there. "
+            "(`train` with `--resume` once there is a checkpoint). *random*: after a random time; *targeted*: right "
+            "before a chosen write, rename, removal or flush. After each kill no file with a final name may be "
+            "half-written; at the end every file must be, bit for bit, what an undisturbed command writes (wall times "
+            "aside), and nothing else may be there. "
             f"One in {_WHOLE_PROCESSES} is a whole process, the others forks of one that has imported everything.\n\n"
             + markdown_table(("command", "kills", *names), rows)
         )
@@ -243,8 +242,8 @@ class Campaign:
         problems = [one for _, found in results for one in found]
         counts = Counter(name for name, _ in results)
         text = (
-            "## No rights\n\nThe output's folder with mode 0555 (root without its privileges), and on a read-only file system "
-            f"({'tmpfs' if len(ways) > 1 else 'not possible here'}): exit code 2, one line, nothing changed.\n\n"
+            "## No rights\n\nThe output's folder with mode 0555 (root without its privileges), and on a read-only file "
+            f"system ({'tmpfs' if len(ways) > 1 else 'not possible here'}): exit code 2, one line, nothing changed.\n\n"
             + markdown_table(("command", "refused"), list(counts.items()))
         )
         return {"n": len(results)}, problems, text
@@ -268,10 +267,10 @@ class Campaign:
             outcomes[name][outcome] += 1
         rows = [(name, one["refused"], one["before its turn"], one["after it"]) for name, one in outcomes.items()]
         text = (
-            "## Two at once\n\nThe first is stopped (SIGSTOP) before one of its writes while a second with the same words and "
-            "output runs; then it goes on. *refused*: the second ended with code 2 and one line, and the first wrote what "
-            "it writes alone. *before its turn*: the first held nothing yet, and was itself refused or found all done.\n\n"
-            + markdown_table(("command", "refused", "before its turn", "after it"), rows)
+            "## Two at once\n\nThe first is stopped (SIGSTOP) before one of its writes while a second with the same "
+            "words and output runs; then it goes on. *refused*: the second ended with code 2 and one line, and the first "
+            "wrote what it writes alone. *before its turn*: the first held nothing yet, and was itself refused or found all "
+            "done.\n\n" + markdown_table(("command", "refused", "before its turn", "after it"), rows)
         )
         return {"by_command": {k: dict(v) for k, v in outcomes.items()}}, problems, text
 

@@ -11,12 +11,12 @@ from typing import Any
 import anndata as ad
 import numpy as np
 from data_sets import SHARED
+from processes import fork
 
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.data.store import open_store
 from lingshu_cell.datasets import pbmc3k_path
 from lingshu_cell.errors import LingshuError
-from processes import fork
 
 TRAINING = (
     "network.gene_width=8", "network.width=16", "network.n_blocks=1", "network.feedforward_width=32",
@@ -126,8 +126,8 @@ def make_commands(work: Path, only: Sequence[str] | None = None) -> list[Command
     ]
     found = [
         Command(
-            "prepare", _words("prepare", files["one"], files["two"], "--out", "store", "--cells-per-shard", 64), "store",
-            weight=4,
+            "prepare", _words("prepare", files["one"], files["two"], "--out", "store", "--cells-per-shard", 64),
+            "store", weight=4,
         ),
         Command(
             "train", _words("train", files["cells"], "--out", "run", *settings), "run",
@@ -142,7 +142,8 @@ def make_commands(work: Path, only: Sequence[str] | None = None) -> list[Command
         Command("schedule", _words("schedule", "run", "--data", files["heldout"]), "run", begin=with_run, weight=2),
         Command("report", _words("report", "judged"), "judged/report.html", begin=with_judged, holds=False),
         Command(
-            "embeddings", _words("embeddings", "--from-counts", files["cells"], "--components", 8, "--out", "genes.npz"),
+            "embeddings",
+            _words("embeddings", "--from-counts", files["cells"], "--components", 8, "--out", "genes.npz"),
             "genes.npz", holds=False,
         ),
     ]  # fmt: skip
@@ -190,7 +191,7 @@ def _must(ended: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Give every file under a folder with the sha256 of what must be the same each time; of a run the newest checkpoint."""
+    """Give the sha256 of what must be the same each time of every file in a folder; of a run the newest checkpoint."""
     newest = {run.parent: max(run.parent.glob("checkpoint-*")) for run in folder.rglob("checkpoint-*")}
     found = {}
     for file in sorted(folder.rglob("*")):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commands import Command, contents, differing
+from processes import Disturbance, fork
 from recording import markdown_table
 
-from commands import Command, contents, differing
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.data.store import open_store
 from lingshu_cell.errors import LingshuError
-from processes import Disturbance, fork
 
 _FLIPS_READ, _CUTS_READ = 40, 10  # of each file, read by the package itself
 _FLIPS_COMMAND, _CUTS_COMMAND = 2, 1  # of each file, given to commands
@@ -56,11 +56,11 @@ def run(
         refused = sum(outcome == "refused" for outcome, _ in outcomes)
         rows.append((what, len(files), read, len(tasks), refused, len(tasks) - refused))
     text = (
-        "## Damaged files\n\nEvery file, cut off at many places and with single bits flipped. *read*: opened by the package "
-        "itself, found out by checksum each time. *by commands*: given to the commands that use it "
-        "(`generate`, `train --resume`, `schedule`; `prepare`): either *refused* (exit code 2, one line), or the damage "
-        "*changed nothing*: the file is not read by them or is made anew, and their output is bit for bit the same.\n\n"
-        + markdown_table(("what", "files", "read", "by commands", "refused", "changed nothing"), rows)
+        "## Damaged files\n\nEvery file, cut off at many places and with single bits flipped. *read*: opened by the "
+        "package itself, found out by checksum each time. *by commands*: given to the commands that use it "
+        "(`generate`, `train --resume`, `schedule`; `prepare`): either *refused* (exit code 2, one line), or the "
+        "damage *changed nothing*: the file is not read by them or is made anew, and their output is bit for bit the "
+        "same.\n\n" + markdown_table(("what", "files", "read", "by commands", "refused", "changed nothing"), rows)
     )
     return {"rows": rows}, problems, text
 
@@ -153,8 +153,7 @@ def _by_commands(
             others = [
                 one
                 for one in differing(contents(folder), wanted)
-                if str(file) not in one
-                and not one.endswith("cells.h5ad")
+                if (str(file) not in one and not one.endswith("cells.h5ad"))
                 or one.startswith("other bytes in cells.h5ad")
             ]
             if others:

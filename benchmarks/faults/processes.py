@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hook.fault_hook import install
-
 from recording import ROOT
 
 HOOK = Path(__file__).with_name("hook")

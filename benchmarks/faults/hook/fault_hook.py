@@ -1,4 +1,4 @@
-"""Stops a process at the n-th thing it does to files under a folder: before each it is counted, and the n-th never happens.
+"""Stops a process at the n-th thing it does to files under a folder; that thing does not happen.
 
 Counted are opening for writing, making, renaming, removing and truncating files and folders, and flushing them to the
 disk. Installed in a forked child by :func:`install`, or in a whole process by ``sitecustomize`` beside this file.
