@@ -269,8 +269,8 @@ class Campaign:
         text = (
             "## Two at once\n\nThe first is stopped (SIGSTOP) before one of its writes while a second with the same "
             "words and output runs; then it goes on. *refused*: the second ended with code 2 and one line, and the "
-            "first wrote what it writes alone. *before its turn*: the first held nothing yet, and was itself refused or "
-            "found all done.\n\n" + markdown_table(("command", "refused", "before its turn", "after it"), rows)
+            "first wrote what it writes alone. *before its turn*: the first held nothing yet, and was itself refused "
+            "or found all done.\n\n" + markdown_table(("command", "refused", "before its turn", "after it"), rows)
         )
         return {"by_command": {k: dict(v) for k, v in outcomes.items()}}, problems, text
 
