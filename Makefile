@@ -57,7 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 	PYTHON=$(PYTHON) benchmarks/peers/make_venv.sh
 	$(BENCH)/fidelity.py --data pbmc3k
-	@for data in marrow_cd34 dentate_gyrus_mouse; do \
+	@for data in pbmc8k marrow_cd34 dentate_gyrus_mouse; do \
 	  if test -f ../shared/data/$$data.h5ad; then $(BENCH)/fidelity.py --data $$data || exit 1; \
 	  else echo "$$data is not here: left out"; fi; \
 	done
@@ -68,6 +68,8 @@ bench: $(STAMP)
 	$(BENCH)/compare_parts.py encoders
 	$(BENCH)/compare_parts.py economy
 	$(BENCH)/loader.py
+	OMP_NUM_THREADS=1 $(BENCH)/processes.py
+	$(BENCH)/malformed.py --mutations 20
 	$(BENCH)/export_vcc2026.py --cells 20000 360000 --pool 12 1
 	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm papalexi; do \
 	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \

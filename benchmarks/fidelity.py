@@ -1,4 +1,4 @@
-"""Train models on the same cells for the same time, generate as many cells as were held out, and judge them alike.
+"""Train models on the same cells for the same CPU time, generate as many cells as were held out, and judge them alike.
 
     python benchmarks/fidelity.py --data pbmc3k --models small,scvi,halves,shuffled --seconds 480
 
@@ -36,16 +36,16 @@ _SPEED = (
     ("parameters", "n_parameters"),
     ("genes modelled", "n_modelled_genes"),
     ("conditioned on", "condition_keys"),
-    ("training seconds", "training_seconds"),
+    ("CPU seconds of training", "training_cpu_seconds"),
     ("training steps", "training_steps"),
     ("minibatch", "minibatch_size"),
-    ("training cells/s", "training_cells_per_second"),
+    ("training cells per CPU second", "training_cells_per_cpu_second"),
     ("peak memory of training, GiB", "training_peak_memory_gib"),
     ("training GFLOP per cell", "training_gflop_per_cell"),
     ("network evaluations per generated cell", "generation_steps"),
     ("schedule", "schedule"),
     ("generated cells", "n_generated"),
-    ("generated cells/s", "generated_cells_per_second"),
+    ("generated cells per CPU second", "generated_cells_per_cpu_second"),
     ("peak memory of generation, GiB", "generation_peak_memory_gib"),
     ("generation GFLOP per cell", "generation_gflop_per_cell"),
     ("held-out cells of the NELBO", "nelbo_cells"),
@@ -83,7 +83,7 @@ def run_ours(preset: str, folder: Path, files: tuple[Path, Path], budget: Budget
 def run_scvi(folder: Path, files: tuple[Path, Path], budget: Budget, seed: int) -> dict[str, Any]:
     """Train scVI in its own environment for the same time and draw cells from its prior."""
     command = [PEER_PYTHON, SCVI, *files, folder / "generated.h5ad", "--n", str(budget.n_cells)]
-    command += ["--seconds", str(budget.seconds), "--seed", str(seed)]
+    command += ["--cpu-seconds", str(budget.seconds), "--seed", str(seed)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit("scvi failed; its message stands above")
@@ -91,7 +91,7 @@ def run_scvi(folder: Path, files: tuple[Path, Path], budget: Budget, seed: int) 
     n_genes = facts["n_modelled_genes"]
     return {
         **facts,
-        "generated_cells_per_second": budget.n_cells / facts["generation_seconds"],
+        "generated_cells_per_cpu_second": budget.n_cells / facts["generation_cpu_seconds"],
         "training_peak_memory_gib": facts["peak_memory_gib"],
         "training_flops_per_cell": scvi_training_flops_per_cell(n_genes),
         "generation_flops_per_cell": scvi_generation_flops_per_cell(n_genes),
@@ -176,7 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="pbmc3k", help=f"{', '.join(NAMES)}, or an h5ad file of raw counts")
     parser.add_argument("--models", default="small,scvi,halves,shuffled", help=f"of {','.join(MODELS)}")
     end = parser.add_mutually_exclusive_group()
-    end.add_argument("--seconds", type=float, default=480.0, help="wall-clock limit of each training (480)")
+    end.add_argument("--cpu-seconds", type=float, default=480.0, help="CPU seconds of each training at most (480)")
     end.add_argument("--steps", type=int, help="optimiser steps in place of a time; ours only")
     parser.add_argument("--seed", type=int, default=0, help="of training and generation; the split is always seed 0")
     parser.add_argument("--n-generated", type=int, help="cells to generate; as many as are held out")
@@ -198,7 +198,7 @@ def parse() -> argparse.Namespace:
     if "scvi" in args.models and not PEER_PYTHON.exists():
         parser.error("scvi needs its environment: run benchmarks/peers/make_venv.sh")
     if "scvi" in args.models and args.steps:
-        parser.error("scvi is given a time: use --seconds")
+        parser.error("scvi is given a time: use --cpu-seconds")
     if bad := [s for s in args.set if s.split(":", 1)[0] not in PRESETS or "=" not in s]:
         parser.error(f"--set {bad[0]}: write MODEL:section.key=value with one of {', '.join(PRESETS)}")
     args.name = args.name or f"fidelity-{Path(args.data).stem}"
@@ -210,7 +210,7 @@ def budget_of(model: str, args: argparse.Namespace, n_held_out: int) -> Budget:
     """Give a model its share, equal but for what the paper's networks cannot do on a CPU."""
     slow = model.startswith("paper") and not torch.cuda.is_available()
     return Budget(
-        seconds=None if args.steps else args.seconds,
+        seconds=None if args.steps else args.cpu_seconds,
         steps=args.steps,
         n_cells=args.n_generated or n_held_out,
         nelbo_cells=args.nelbo_cells or (32 if slow else None),
@@ -233,7 +233,7 @@ def main() -> None:
             records[model] = json.loads(kept.read_text(encoding="utf-8"))
         else:
             records[model] = run_model(model, args.work, files, budget_of(model, args, n_held_out), args.seed)
-    end = f"{args.steps} steps" if args.steps else f"{args.seconds:g} seconds, or less where a model ends by itself"
+    end = f"{args.steps} steps" if args.steps else f"{args.cpu_seconds:g} CPU seconds, or what a model needs if less"
     n_train = cells.n_obs - n_held_out
     about = (
         f"{Path(args.data).name}: {cells.n_obs:,} cells × {cells.n_vars:,} genes; {n_train:,} cells for training, "

@@ -92,11 +92,12 @@ def measure(case: Case) -> dict[str, Any]:
     from lingshu_cell.config import load_config
     from lingshu_cell.data.tokenizer import token_midpoints
     from lingshu_cell.network.denoiser import build_denoiser
+    from lingshu_cell.network.set_denoiser import ConditionSizes
 
     config = load_config(case.preset)
     x_0_BG = real_tokens(case.n_cells, case.n_genes)
     cost = network_cost(config.network, case.n_genes, 0, float((x_0_BG > 0).float().mean()), case.training)
-    network = build_denoiser(config.network, case.n_genes, (), torch.from_numpy(token_midpoints()), _SEED)
+    network = build_denoiser(config.network, case.n_genes, ConditionSizes(), torch.from_numpy(token_midpoints()), _SEED)
     network, x_0_BG = network.to(case.device), x_0_BG.to(case.device)
     prepare = _training_step if case.training else _generation_step
     step, n_asked = prepare(network, x_0_BG, config, case)
@@ -205,11 +206,12 @@ def _timed(step: Callable[[], object], device: str) -> float:
 
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time  # CPU seconds: other work does not slow them
+    start = clock()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -277,7 +279,8 @@ def main() -> None:
         f"One step at {args.n_genes:,} genes on {args.device}: forward, backward, clipping, AdamW and two averages for "
         "training; one network evaluation and the draw of a mean step's genes for generation. Median of "
         f"{args.repeats} after one. Peak memory is that of the process (on CUDA that of the allocator). cells/s of "
-        "generation count all steps of the preset. PyTorch's counter does not count attention on a CPU."
+        "generation count all steps of the preset. Seconds on a CPU are CPU seconds of the process. PyTorch's counter "
+        "does not count attention on a CPU."
     )
     write_result(args.name or f"paper_step-{args.device}", about, facts, {"cases": rows}, [table(rows)])
 

@@ -7,10 +7,12 @@ package's baselines predict the same conditions from the same training cells, an
     python benchmarks/responses.py kang --seeds 0 1 2
     python benchmarks/responses.py papalexi
     python benchmarks/responses.py gbm
+    python benchmarks/responses.py kang --variants scvi_counterfactual scvi_arithmetic   # after peers/make_venv.sh
 """
 
 import argparse
 import json
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ import pandas as pd
 from data_sets import shared_file
 from recording import ROOT, Stopwatch, environment, markdown_table, run_in_child, say, write_result
 
+PEERS = ("scvi_counterfactual", "scvi_arithmetic")  # see peers/scvi_responses.py
+PEER_PYTHON = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
+PEER_SECONDS, PEER_GENES = 50, 3000  # CPU time of training, and its most variable genes
 BASELINES = ("control_bootstrap", "perturbation_mean", "context_mean", "additive", "ridge", "nearest_neighbour")
 MEAN_BASELINE = "perturbation_mean"  # what the average score is measured from
 CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
@@ -230,6 +235,21 @@ def baseline_fold(screen: Screen, name: str, fold: Path, wanted: list[dict[str, 
     return {"generate_seconds": watch.seconds(), "generated_cells": adata.n_obs}
 
 
+def peer_fold(screen: Screen, name: str, fold: Path, wanted: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Let a model of others, in an environment of its own, predict the held-out conditions from the training cells."""
+    program, method = name.split("_", 1)
+    place = fold / name / f"seed-{seed}"
+    (place / "wanted.json").write_text(json.dumps(wanted), encoding="utf-8")
+    command = [PEER_PYTHON, Path(__file__).parent / "peers" / f"{program}_responses.py", fold / "train.h5ad"]
+    command += [place / "wanted.json", place / "predicted.h5ad", "--method", method, "--seed", seed]
+    command += ["--perturbation-key", screen.perturbation_key, "--control", screen.control]
+    command += ["--identity-key", screen.identity_key, "--cpu-seconds", PEER_SECONDS]
+    command += ["--genes", PEER_GENES]
+    watch = Stopwatch()
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True)
+    return {"generate_seconds": watch.seconds(), "peer": json.loads(done.stdout.splitlines()[-1])}
+
+
 def embedding_table(screen: Screen, fold: Path) -> pd.DataFrame:
     """Give the embeddings that the model has too, of every perturbation that has one."""
     from lingshu_cell.data.gene_embeddings import read_embeddings
@@ -246,7 +266,6 @@ def embedding_file(screen: Screen) -> Path:
 
 def make_embeddings(screen: Screen) -> None:
     """Make gene embeddings from what lies in ../shared/data/priors."""
-    import subprocess
     import sys
 
     file, priors = embedding_file(screen), shared_file(screen.file).parent / "priors"
@@ -309,6 +328,8 @@ def stages(screen: Screen, fold: Path, variant: str, seed: int, asked: Asked, un
 
     if is_baseline:
         stage("generate_seconds", baseline_fold, screen, variant, fold, wanted, seed)
+    elif variant in PEERS:
+        stage("generate_seconds", peer_fold, screen, variant, fold, wanted, seed)
     else:
         stage("train_seconds", train_fold, screen, split, place / "run", seed, asked.training)
         if until == "train":
@@ -361,7 +382,8 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         records.setdefault(folder.name.rsplit("-seed-", 1)[0], []).append(
             json.loads((folder / "responses.json").read_text())
         )
-    order = [v for v in records if v not in BASELINES] + [v for v in BASELINES if v in records]
+    others = (*PEERS, *BASELINES)
+    order = [v for v in records if v not in others] + [v for v in others if v in records]
     rows, body = [], {}
     for variant in order:
         cells = [variant, len(records[variant])]
@@ -385,7 +407,13 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         f"Average score: mean over cell-eval's seven metrics of the gain over `{MEAN_BASELINE}`, which has 0. Spread: "
         "standard deviation over seeds of training and generation.",
     ]
-    if set(order) - set(BASELINES):
+    if set(order) & set(PEERS):
+        notes.append(
+            f"scVI: {PEER_SECONDS} CPU seconds of training a fold and method, on the same training cells and their "
+            f"{PEER_GENES:,} most variable genes (all others keep the counts of control cells); "
+            "`counterfactual` decodes control cells under the perturbation, `arithmetic` shifts their latents."
+        )
+    if set(order) - set(BASELINES) - set(PEERS):
         notes.append(
             f"Training: `{json.dumps(screen.settings)}`; generation: {STEPS} steps, at most {MOST_CELLS} cells a "
             f"condition, {CONTROLS} generated controls of each identity for the false-DE rate."
@@ -408,13 +436,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folds", nargs="+", help="names of folds; all when not given")
     parser.add_argument(
-        "--variants", nargs="+", default=["ours"], help="ours, a name of your own with --set, baselines"
+        "--variants", nargs="+", default=["ours"], help="ours, a name of your own with --set, baselines, peers"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of the variant")
     parser.add_argument("--until", choices=["train", "generate", "evaluate"], default="evaluate")
     parser.add_argument("--table", action="store_true", help="only write the table of what is there")
     arguments = parser.parse_args()
     screen = SCREENS[arguments.screen]
+    if set(arguments.variants) & set(PEERS):
+        if not PEER_PYTHON.is_file():
+            parser.error("scVI needs its environment: run benchmarks/peers/make_venv.sh")
+        if screen.identity_key is None:
+            parser.error("scVI foretells a perturbation from other identities; this screen has one")
     if screen.embeddings:
         make_embeddings(screen)
         screen.settings["data.embeddings"] = [str(embedding_file(screen))]

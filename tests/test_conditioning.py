@@ -174,7 +174,7 @@ def test_random_contexts_are_of_parts_of_the_controls_and_come_from_the_generato
     identity_NC = np.array([[1, 0]] * 120 + [[2, 0]] * 180)
     counts = built[0].counts()
     table = build_contexts(counts, identity_NC, seed=0)
-    rows = [table.rows(identity_NC, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    rows = [table.rows(identity_NC, np.random.default_rng(seed).random(300)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
     for identity, first, n in zip(table.identity_IC, table.first_I, table.n_I, strict=True):
@@ -195,7 +195,7 @@ def test_identities_of_fewer_than_8_controls_have_no_context(built):
     assert table.identity_IC.tolist() == [[1, 0]]
     assert table.rows(np.array([[1, 0], [2, 0], [3, 0]]), None).tolist() == [1, 0, 0]
     none = build_contexts(counts, np.arange(40).reshape(20, 2), seed=0)
-    assert none.rows(np.array([[0, 1], [2, 3]]), np.random.default_rng(0)).tolist() == [0, 0]
+    assert none.rows(np.array([[0, 1], [2, 3]]), np.array([0.1, 0.9])).tolist() == [0, 0]
 
 
 def test_average_profile_is_the_share_that_detects_and_the_mean_log_count(built):
@@ -279,8 +279,11 @@ def test_saved_and_read_again_it_is_the_same_bit_for_bit(built):
         assert torch.equal(one[name], two[name]), name
     assert json.dumps(again.to_json()) == json.dumps(conditioner.to_json())
     assert again.sizes == conditioner.sizes
-    for rng in (lambda: None, lambda: np.random.default_rng(3)):
-        a, b = (c.conditions(cells.condition_NC, dose_N=np.ones(300), rng=rng()) for c in (conditioner, again))
+    for uniform_N in (None, np.random.default_rng(3).random(300)):
+        a, b = (
+            c.conditions(cells.condition_NC, dose_N=np.ones(300), context_uniform_N=uniform_N)
+            for c in (conditioner, again)
+        )
         assert torch.equal(a.perturbation_BP, b.perturbation_BP)
         assert torch.equal(a.dose_BP, b.dose_BP)
         assert torch.equal(a.embedding_PQ, b.embedding_PQ)
@@ -354,7 +357,7 @@ def test_data_that_do_not_fit_the_settings_are_refused(screen, data, rule, findi
         ({"control": None}, "perturbation_key and control go together"),
         ({"perturbation_key": None, "dose_key": None}, "perturbation_key and control go together"),
         ({"condition_keys": ["line", "drug"]}, "'drug' is the perturbation_key, not one of condition_keys"),
-        ({"perturbation_key": None, "control": None}, "dose_key and embeddings need a perturbation_key"),
+        ({"perturbation_key": None, "control": None}, "dose_key, embeddings and silenced need a perturbation_key"),
         ({"control_share": 0.0}, "data.control_share = 0.0: Input should be greater than 0"),
         ({"control_share": 1.5}, "data.control_share = 1.5: Input should be less than or equal to 1"),
     ],

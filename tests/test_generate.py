@@ -8,6 +8,7 @@ import torch
 from conftest import real_cells, tiny_config
 from scipy import sparse, stats
 
+import lingshu_cell.generate
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.training_set import assemble
 from lingshu_cell.datasets import pbmc3k_path
@@ -84,6 +85,17 @@ def test_file_holds_the_same_cells(model, thirty, tmp_path):
     assert progress == [16, 30]
     assert written.uns["lingshu_cell"]["n_cells"] == 30
     assert len(written.uns["lingshu_cell"]["checkpoint_checksum"]) == 64
+
+
+def test_what_is_asked_for_is_resolved_once(model, tmp_path, monkeypatch):
+    """Cells and what is said of them come from one and the same plan."""
+    called = []
+    for name in ("resolve_request", "choose_schedule"):
+        real = getattr(lingshu_cell.generate, name)
+        count = lambda *a, name=name, real=real, **k: (called.append(name), real(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(lingshu_cell.generate, name, count)
+    generate_file(model, 3, tmp_path / "cells.h5ad", steps=2)
+    assert sorted(called) == ["choose_schedule", "resolve_request"]
 
 
 def test_different_seeds_give_different_cells(model, thirty):

@@ -19,6 +19,7 @@ from lingshu_cell.diffusion.loss import nll_per_hidden_share
 from lingshu_cell.generate import generate, load_model
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.network.distribution import Positions
+from lingshu_cell.network.set_denoiser import ConditionSizes
 from lingshu_cell.tokens import MASK_TOKEN
 from lingshu_cell.train import train
 
@@ -115,7 +116,7 @@ def test_a_resumed_run_goes_on_on_the_gpu(pbmc, tmp_path):
 
 def test_paper_network_takes_a_bf16_step_at_full_length():
     network = load_config("paper").network
-    denoise = build_denoiser(network, 18_080, (), torch.from_numpy(token_midpoints()), seed=0).to("cuda")
+    denoise = build_denoiser(network, 18_080, ConditionSizes(), torch.from_numpy(token_midpoints()), seed=0).to("cuda")
     x_0_BG = torch.randint(0, 3, (2, 18_080), dtype=torch.int16, device="cuda")
     condition_B0 = torch.zeros(2, 0, dtype=torch.int64, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):

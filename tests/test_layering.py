@@ -10,30 +10,34 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums commands data data.effect_regression data.hdf5_output datasets diffusion diffusion.randomness ema "
-    "errors figures judgement metrics metrics.cell_types metrics.clock metrics.correlation metrics.depth "
-    "metrics.doublets metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample "
-    "network network.conditions network.layers network.tilting tokens",
-    "config data.condition_labels data.count_blocks data.counts data.effects data.gene_sets "
-    "data.gene_tables data.labels data.perturbations data.quality data.splits data.store_files "
-    "data.tokenizer data.vocabulary diffusion.noising diffusion.schedule evaluation_folder "
-    "metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.distribution network.perturbation output_files "
-    "response_judgement",
-    "checkpoint commands.options data.anndata_io data.condition_splits data.de_tables data.gene_doctor "
-    "data.gene_embeddings data.shards data.store_writer diffusion.information diffusion.loss diffusion.sampler "
-    "diffusion.tilt guidance_store history metrics.folder network.compression network.gate_head pages",
-    "check_vcc2026 curve_store data.embedding_sources data.prior_effects data.sources data.split_files data.store "
-    "diffusion.guidance diffusion.plan "
-    "diffusion.priors metrics.differential metrics.inputs network.set_denoiser network.transformer_denoiser "
+    "checksums commands data data.effect_regression data.hdf5_output datasets diffusion "
+    "diffusion.randomness ema engine errors figures judgement metrics metrics.cell_types metrics.clock "
+    "metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
+    "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.layers "
+    "network.rates tokens",
+    "arguments data.condition_labels data.containers data.counts data.effects data.labels data.quality "
+    "data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping "
+    "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.distribution "
+    "network.perturbation output_files response_judgement",
+    "checkpoint config data.anndata_io data.condition_splits data.count_blocks data.gene_embeddings "
+    "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information "
+    "diffusion.loss diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store "
+    "history metrics.folder network.compression network.gate_head pages",
+    "check_vcc2026 commands.options curve_store data.de_tables data.embedding_sources data.gene_doctor "
+    "data.prior_effects data.shards data.sources data.split_files data.store_writer diffusion.guidance "
+    "diffusion.plan diffusion.priors engine.minibatch engine.optimiser engine.sharding "
+    "metrics.differential metrics.inputs network.set_denoiser network.transformer_denoiser "
     "perturbation_effects response_samples run_config",
-    "baselines data.loader data.scan data.training_set evaluate export_vcc2026 network.denoiser response_figures "
-    "response_libraries",
-    "conditioning data.store_builder evaluate_responses response_section",
-    "prepare request response_report train",
-    "console generate report",
-    "aligned_cells calibrate commands.baseline commands.config commands.de commands.embeddings commands.export "
-    "commands.generate commands.genes commands.prepare commands.report commands.split commands.train demo",
-    "commands.calibrate commands.demo model schedule",
+    "baselines data.scan data.store data.training_set engine.gradients evaluate export_vcc2026 "
+    "network.denoiser response_figures response_libraries",
+    "conditioning data.loader data.store_builder evaluate_responses response_section silenced",
+    "engine.run_state expected_effects prepare response_report",
+    "report request validation_conditions",
+    "generate train",
+    "aligned_cells calibrate console demo",
+    "commands.baseline commands.calibrate commands.config commands.de commands.demo commands.embeddings "
+    "commands.export commands.generate commands.genes commands.prepare commands.report commands.split "
+    "commands.train model schedule",
     "",  # the package itself, lingshu_cell/__init__.py
     "commands.evaluate commands.info commands.schedule",
     "cli",

@@ -187,7 +187,7 @@ ASKED = {
     "depth of the model": {"condition": HELD_OUT, "depth": "model"},
     "open depth": {"condition": HELD_OUT, "depth": "open"},
     "guidance": {"condition": HELD_OUT, "steering": Steering(guidance_scale=2.0)},
-    "late guidance": {"condition": HELD_OUT, "steering": Steering(guidance_scale=2.0, guidance_ramp=2.0)},
+    "late guidance": {"condition": HELD_OUT, "steering": Steering(guidance_scale=8.0, guidance_ramp=1.0)},
     "guidance on logits": {"condition": HELD_OUT, "steering": Steering(guidance_scale=2.0, guidance_space="logits")},
     "clamp": {"condition": HELD_OUT, "steering": Steering(clamp={"B2M": 123})},
     "tilt": {"condition": HELD_OUT, "steering": Steering(tilt={"B2M": 0.2, "ISG15": 4.0})},

@@ -27,14 +27,9 @@ def sample(denoiser: Denoiser, start_BG: Tensor | None = None, visible=(0, 1, 2,
     return sample_cells(denoiser, start_BG, NO_CONDITIONS, noise, visible)
 
 
-def tilted_by_bisection(p: np.ndarray, log_factor: float) -> np.ndarray:
+def thinned(p: np.ndarray, log_factor: float) -> np.ndarray:
     count = np.arange(4)
-    target, low, high = np.log(p @ count) + log_factor, -60.0, 60.0
-    for _ in range(100):
-        q = p * (1.0 + count) ** ((low + high) / 2)
-        q /= q.sum()
-        low, high = ((low + high) / 2, high) if np.log(q @ count) < target else (low, (low + high) / 2)
-    return q
+    return stats.binom.pmf(count[:, None], count, np.exp(log_factor)) @ p
 
 
 def test_clamp_writes_a_copy_and_only_its_genes():
@@ -59,7 +54,7 @@ def test_the_others_follow_a_clamped_gene_exactly(token):
 
 def test_a_tilted_gene_gets_its_mean_from_each_conditional_and_the_joint_is_the_one_enumerated():
     """Gene 2 is tilted whenever it is drawn, whatever is visible then; the others stay exact conditionals."""
-    joint_S, log_factor = random_joint(2), 0.4
+    joint_S, log_factor = random_joint(2), -0.4
     denoiser = TiltedDenoiser(DenoisingFunction(Oracle(joint_S)), torch.tensor([0.0, 0.0, log_factor]), COUNT_V)
     expected, table = np.zeros((4, 4, 4)), joint_S.reshape(4, 4, 4)
     for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
@@ -70,7 +65,7 @@ def test_a_tilted_gene_gets_its_mean_from_each_conditional_and_the_joint_is_the_
                 axis = sum(isinstance(one, slice) for one in seen[:gene])
                 q = part.sum(tuple(i for i in range(part.ndim) if i != axis))
                 q = q / q.sum()
-                p *= (tilted_by_bisection(q, log_factor) if gene == 2 else q)[state[gene]]
+                p *= (thinned(q, log_factor) if gene == 2 else q)[state[gene]]
                 seen[gene] = int(state[gene])
             expected[tuple(state)] += p / 6
     x_BG = sample(denoiser)

@@ -51,6 +51,12 @@ def test_steps_still_end_a_run_that_has_time_left(pbmc, tmp_path):
     assert train([pbmc], tmp_path / "run", config).step == 4
 
 
+def test_seconds_are_those_of_the_clock_that_is_given(pbmc, tmp_path):
+    ticks = iter(range(1_000))
+    config = tiny_config(training={**ENDLESS, "max_seconds": 7.0})
+    assert train([pbmc], tmp_path / "run", config, clock=lambda: float(next(ticks))).step == 7
+
+
 def test_learning_rate_follows_whichever_is_further_on():
     settings = tiny_config(training={"steps": 105, "warmup_steps": 5}).training
     assert learning_rate(55, settings) == learning_rate(5, settings, share_of_time=0.5)

@@ -1,6 +1,7 @@
 """The rules of a Virtual Cell Challenge 2026 submission, and the check of a file against every one of them."""
 
 import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from lingshu_cell.data.anndata_io import read_obs
 from lingshu_cell.data.condition_labels import labels_of
 from lingshu_cell.data.count_blocks import VALUES_PER_BLOCK, CountBlocks
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import read_text
 
 TARGET_KEY, CONTEXT_KEY, CONTROL = "target_gene", "context", "non-targeting"
 N_GENES = 18_533
@@ -431,8 +433,9 @@ def _n_disordered(block: sparse.csr_matrix) -> int:
 
 
 def _rows(path: Path | str) -> list[list[str]]:
+    rule = "The list must be a readable text or CSV file"
+    text = read_text(path, rule, "Check it")
     try:
-        with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise LingshuError("The list must be a readable text or CSV file", f"{path}: {error}", "Check it") from error
+        return list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise LingshuError(rule, f"{path}: {error}", "Check it") from error

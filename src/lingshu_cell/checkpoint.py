@@ -4,6 +4,8 @@ A run is a folder::
 
     RUN/config.json            the whole configuration
     RUN/history.csv            one row per validation
+    RUN/conditions.csv         how well validation conditions are foretold, where there are any
+    RUN/best.json              the step that foretells them best
     RUN/checkpoint-00001500/   manifest.json and the tensors it lists, with their sha256
 
 The manifest says what the model is (configuration, genes in order, token bins, conditions, data fingerprints, versions,
@@ -14,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,17 @@ from torch import Tensor
 
 from lingshu_cell.checksums import checksum, sha256
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.output_files import discard, flush, flush_all
+from lingshu_cell.input_files import expanded, read_json, refuse_special
+from lingshu_cell.output_files import checked, discard, flush, flush_all, writable, write_checked_json
 
 FORMAT_VERSION = 1
+BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
 _MOST_MANIFEST_BYTES = 1 << 28
 _UNFINISHED = ".checkpoint-"
+_WHOLE = "A checkpoint must be whole"
+_REMEDY = "Delete this folder to use the checkpoint before it, or copy it again from where it came"
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Checkpoint:
         if expected is None or not _TENSOR_FILE.fullmatch(file):
             raise _damaged(self.folder, f"the manifest lists no {file}")
         try:
+            refuse_special(self.folder / file, _WHOLE, _REMEDY)
             if sha256(self.folder / file) != expected:
                 raise _damaged(self.folder, f"{file} does not match its checksum")
             return load_file(self.folder / file)
@@ -68,10 +76,26 @@ class Checkpoint:
             raise _damaged(self.folder, f"{file}: {error}") from None
 
 
+@contextmanager
+def reading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what goes wrong while a model is built from a checkpoint into an error that names the folder.
+
+    A checkpoint whose checksums fit may still hold what no run wrote: missing entries, other types, tensors of other
+    shapes.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, LingshuError):
+            raise
+        finding = f"it holds what no run writes ({type(error).__name__}: {str(error)[:300]})"
+        raise _damaged(checkpoint.folder, finding) from None
+
+
 def save_checkpoint(
     run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write a checkpoint beside, rename it when it is whole, and drop all but the newest ``keep``.
+    """Write a checkpoint beside, rename it when it is whole, and drop all but the newest ``keep`` and the best.
 
     Parameters
     ----------
@@ -96,7 +120,7 @@ def save_checkpoint(
     LingshuError
         If the disk is full or the folder cannot be written; the checkpoints before stay whole.
     """
-    final = run / f"checkpoint-{step:08d}"
+    final = run / _name(step)
     draft = run / f"{_UNFINISHED}{step:08d}.tmp"
     try:
         sweep(run)
@@ -119,8 +143,10 @@ def save_checkpoint(
         raise LingshuError(
             "The run folder must be writable", f"{run}: {error}", "Free some space or change --out"
         ) from None
+    best = read_best(run)
     for old in _folders(run)[:-keep]:
-        discard(old)
+        if best is None or old.name != _name(best["step"]):
+            discard(old)
     return final
 
 
@@ -135,6 +161,46 @@ def is_unfinished(name: str) -> bool:
     return name.startswith(_UNFINISHED)
 
 
+def holds_step(run: Path, step: int) -> bool:
+    """Say whether a run folder holds the checkpoint of a step."""
+    return (run / _name(step)).is_dir()
+
+
+def mark_best(run: Path, step: int, facts: Mapping[str, Any]) -> None:
+    """Say in ``RUN/best.json`` that the checkpoint of a step, which exists, is the one to generate from."""
+    with writable("The run folder must be writable", run / BEST_FILE, "Free some space, then go on with --resume"):
+        write_checked_json(run / BEST_FILE, {"step": step, **facts})
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """Give what :func:`mark_best` wrote; ``None`` where there is none.
+
+    Raises
+    ------
+    LingshuError
+        If it cannot be read.
+    """
+    file, rule = run / BEST_FILE, "best.json must say which step is best"
+    if not file.is_file():
+        return None
+    best = read_json(file, rule, "Delete this file")
+    try:
+        best = checked(best)
+        if not isinstance(best["step"], int) or not isinstance(best["condition_explained"], float):
+            raise ValueError("no step or score")
+    except (ValueError, KeyError) as error:
+        raise LingshuError(rule, f"{file}: {error}", "Delete this file") from None
+    return best
+
+
+def load_best(path: Path | str) -> Checkpoint:
+    """Open the best checkpoint of a run, the newest where none is marked as such, or the checkpoint folder itself."""
+    path = expanded(path)
+    best = None if _NAME.fullmatch(path.name) else read_best(path)
+    chosen = path if best is None else path / _name(best["step"])
+    return load_checkpoint(chosen if chosen.is_dir() else path)
+
+
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Open the newest checkpoint of a run, or the checkpoint folder itself.
 
@@ -143,7 +209,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     LingshuError
         If there is none, or its manifest is damaged, of a newer format, or not ours.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     folders = [path] if _NAME.fullmatch(path.name) else _folders(path)
     if not folders or not folders[-1].is_dir():
         raise LingshuError(
@@ -153,13 +219,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             "without --resume",
         )
     folder = folders[-1]
-    try:
-        if (folder / "manifest.json").stat().st_size > _MOST_MANIFEST_BYTES:
-            raise _damaged(folder, "manifest.json is too large")
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise _damaged(folder, f"manifest.json: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_json(folder / "manifest.json", _WHOLE, _REMEDY, _MOST_MANIFEST_BYTES)
+    if not isinstance(manifest.get("files"), dict):
         raise _damaged(folder, "manifest.json is no manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise LingshuError(
@@ -172,13 +233,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
+def _name(step: int) -> str:
+    return f"checkpoint-{step:08d}"
+
+
 def _folders(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _NAME.fullmatch(p.name)) if run.is_dir() else []
 
 
 def _damaged(folder: Path, finding: str) -> LingshuError:
-    return LingshuError(
-        "A checkpoint must be whole",
-        f"{folder}: {finding}",
-        "Delete this folder to use the checkpoint before it, or copy it again from where it came",
-    )
+    return LingshuError(_WHOLE, f"{folder}: {finding}", _REMEDY)

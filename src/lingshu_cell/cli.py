@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -40,13 +41,16 @@ from lingshu_cell.commands import (
 )
 from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED
 from lingshu_cell.console import give, say, send_messages_to_stderr
-from lingshu_cell.errors import EXIT_CODE_USER_ERROR, LingshuError
+from lingshu_cell.errors import EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError, one_line
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
 
-EXIT_CODE_TROUBLE = 1
 EXIT_CODE_TERMINATED = 128 + signal.SIGTERM
 _UsageProblem = typer.BadParameter.__mro__[2]  # ClickException: typer has its own copy of click, or not, by version
+_WRONG_PATHS = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
+}  # fmt: skip
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -125,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line, code = _one_line(error)
         if line is None:
             raise
-        say(line)
+        if line:
+            say(line)
         _forget_unwritten_output()
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -144,21 +149,28 @@ def _forget_unwritten_output() -> None:
 
 
 def _one_line(error: BaseException) -> tuple[str | None, int]:
-    """What to say of an error and the exit code; nothing for a fault of this program, which deserves its traceback."""
+    """What to say of an error and the exit code; None for a fault of this program, which deserves its traceback."""
     if isinstance(error, LingshuError):
-        return f"error: {error}", EXIT_CODE_USER_ERROR
+        says_it = error.process == int(os.environ.get("RANK", "0"))  # what all processes find wrong, the first says
+        return f"error: {error}" if says_it else "", error.exit_code
     if isinstance(error, _UsageProblem):
-        return f"error: {' '.join(error.format_message().split())} See lingshu --help.", EXIT_CODE_USER_ERROR
+        return f"error: {one_line(error.format_message())}. See lingshu --help.", EXIT_CODE_USER_ERROR
     if isinstance(error, (_Stopped, typer.Abort)):
         return "stopped by Ctrl-C", EXIT_CODE_INTERRUPTED
     if isinstance(error, _Terminated):
         return "stopped by SIGTERM", EXIT_CODE_TERMINATED
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
-        remedy = "Lower --minibatch-size or training.minibatch_size, use fewer cells, or a smaller network"
+        remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"
         return f"error: Memory must suffice: {text[:200] or 'it ran out'}. {remedy}.", EXIT_CODE_TROUBLE
     if isinstance(error, BrokenPipeError):
         return "stopped: nobody reads the output", EXIT_CODE_TROUBLE
+    if isinstance(error, OSError) and error.errno in _WRONG_PATHS:
+        finding = f"{error.filename}: {error.strerror}" if error.filename else text
+        wrong = LingshuError(
+            "Files and folders must be there, and open to you", finding, "Check the path and the rights"
+        )
+        return f"error: {wrong}", EXIT_CODE_USER_ERROR
     if isinstance(error, OSError):
         return f"error: Files must be readable and the disk must have space: {text}.", EXIT_CODE_USER_ERROR
     return None, EXIT_CODE_TROUBLE

@@ -50,15 +50,15 @@ class ContextTable:
     first_I: np.ndarray
     n_I: np.ndarray
 
-    def rows(self, identity_NC: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """Give the profile of each cell, 0 = none: that of all control cells, or with ``rng`` a random part's."""
+    def rows(self, identity_NC: np.ndarray, uniform_N: np.ndarray | None) -> np.ndarray:
+        """Give the profile of each cell, 0 = none: that of all control cells, or the random part that uniforms say."""
         if not len(self.first_I):
             return np.zeros(len(identity_NC), dtype=np.int64)
         place = _find_rows(self.identity_IC, identity_NC)
         known = place >= 0
         row = np.where(known, self.first_I[place], 0)
-        if rng is not None:
-            row += np.where(known, np.floor(rng.random(len(row)) * self.n_I[place]).astype(np.int64), 0)
+        if uniform_N is not None:
+            row += np.where(known, np.floor(uniform_N * self.n_I[place]).astype(np.int64), 0)
         return row
 
 
@@ -119,7 +119,7 @@ class Conditioner:
     vocabulary
         Condition fields and categories; the perturbation labels are one of the fields.
     perturbation_key
-        Which field that is; ``None`` where there is none, or where the network takes it as a plain category.
+        Which field that is; ``None`` where there is none.
     perturbations
         The labels taken apart.
     dose_mean, dose_sd
@@ -132,6 +132,8 @@ class Conditioner:
         All known embeddings, so that perturbations never trained can be told.
     prior
         What foretells effects of conditions never trained.
+    as_category
+        Whether the network takes a perturbation label as one more category, control being one of them (the paper's).
     """
 
     vocabulary: ConditionVocabulary
@@ -145,6 +147,7 @@ class Conditioner:
     depths: DepthTable | None = None
     embeddings: GeneEmbeddings | None = None
     prior: PriorEffects | None = None
+    as_category: bool = False
 
     @property
     def perturbation_field(self) -> int | None:
@@ -154,10 +157,10 @@ class Conditioner:
     @property
     def sizes(self) -> ConditionSizes:
         """What a denoiser of these conditions must have room for."""
-        field = self.perturbation_field
+        field = None if self.as_category else self.perturbation_field
         return ConditionSizes(
             categories=tuple(size for i, size in enumerate(self.vocabulary.sizes) if i != field),
-            perturbations=0 if self.perturbations is None else len(self.perturbations.names),
+            perturbations=0 if field is None else len(self.perturbations.names),
             embedding=0 if self.embedding_PQ is None else self.embedding_PQ.shape[1],
             context=self.contexts is not None,
             effect=self.effects is not None,
@@ -170,7 +173,7 @@ class Conditioner:
         *,
         dose_N: np.ndarray | None = None,
         log_depth_N: np.ndarray | None = None,
-        rng: np.random.Generator | None = None,
+        context_uniform_N: np.ndarray | None = None,
     ) -> Conditions:
         """Tell a denoiser about cells.
 
@@ -182,8 +185,9 @@ class Conditioner:
             Standardised log doses; mean dose where not given.
         log_depth_N
             log library sizes to be had, NaN = open; all open where not given.
-        rng
-            Source of the random parts of control cells, in training; without it contexts are of all control cells.
+        context_uniform_N
+            Uniforms in [0, 1) that choose the random parts of control cells, in training; without them contexts are of
+            all control cells.
 
         Returns
         -------
@@ -191,7 +195,7 @@ class Conditioner:
             Tensors on the CPU.
         """
         field = self.perturbation_field
-        if field is None:
+        if field is None or self.as_category:
             told = Conditions(torch.from_numpy(condition_NC))
         else:
             applied_NP = self.applied[condition_NC[:, field]]
@@ -206,7 +210,7 @@ class Conditioner:
         if self.contexts is not None:
             identity_NC = condition_NC.copy()
             identity_NC[:, field] = 0
-            row_N = self.contexts.rows(identity_NC, rng)
+            row_N = self.contexts.rows(identity_NC, context_uniform_N)
             told = replace(told, context=_profiles(self.contexts.profile_KJG, row_N))
         if self.effects is not None:
             row_N = self.effects.rows(condition_NC)
@@ -265,6 +269,7 @@ class Conditioner:
             "perturbations": None if self.perturbations is None else self.perturbations.to_json(),
             "dose_mean": self.dose_mean,
             "dose_sd": self.dose_sd,
+            "as_category": self.as_category,
         }
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
@@ -305,6 +310,7 @@ class Conditioner:
             embeddings=embeddings
             and GeneEmbeddings.of(embeddings["names"], arrays["embeddings"], embeddings["source"]),
             prior=PriorEffects.from_arrays(prior, value["prior"]) if prior else None,
+            as_category=value.get("as_category", False),
         )
 
 
@@ -332,7 +338,11 @@ def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
                 f"data.{asked[0]} is set",
                 "Leave it out, or take --preset small",
             )
-        return Conditioner(cells.conditions)
+        if data.perturbation_key is None:
+            return Conditioner(cells.conditions)
+        labels = cells.conditions.fields[data.perturbation_key]
+        known = PerturbationVocabulary.from_labels(labels, data.control, separator="")
+        return Conditioner(cells.conditions, data.perturbation_key, known, as_category=True)
     depths = build_depths(cells.library[cells.train], cells.condition_NC[cells.train]) if data.depth else None
     conditioner = Conditioner(cells.conditions, depths=depths)
     if data.perturbation_key is None:

@@ -10,10 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.input_files import read_toml
+
+_MOST_WEIGHTS = 1 << 37
+_MOST_CELLS_AT_ONCE = 1 << 20
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+_Width = Annotated[float, Field(gt=0, lt=0.28)]  # a power function cannot be wider
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -39,6 +45,9 @@ class DataConfig(_Section):
     embeddings: tuple[str, ...] = Field(
         (), description="Files of gene or drug embeddings (npz, parquet, safetensors, csv) for perturbations not seen."
     )
+    silenced: bool = Field(
+        False, description="Also test by pdex which genes perturbations silence, for lingshu generate --prior silenced."
+    )
     depth: bool = Field(False, description="Also condition on library size, so that it can be asked for.")
     split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
@@ -50,18 +59,28 @@ class DataConfig(_Section):
 
     def assembly(self) -> dict[str, Any]:
         """Give the settings that decide how data sets are brought together."""
-        later = {"layer", "combination_separator", "context", "prior_effects", "embeddings", "depth"}
+        later = {"layer", "combination_separator", "context", "prior_effects", "embeddings", "depth", "silenced"}
         return self.model_dump(exclude=later)
 
     @model_validator(mode="after")
     def _perturbations_have_a_control(self) -> "DataConfig":
         if (self.perturbation_key is None) != (self.control is None):
             raise ValueError("perturbation_key and control go together")
+        if len(set(self.condition_keys)) < len(self.condition_keys):
+            raise ValueError("condition_keys names a column twice")
         if self.perturbation_key in self.condition_keys:
             raise ValueError(f"'{self.perturbation_key}' is the perturbation_key, not one of condition_keys")
-        if self.perturbation_key is None and (self.dose_key or self.embeddings):
-            raise ValueError("dose_key and embeddings need a perturbation_key")
+        if self.perturbation_key is None and (self.dose_key or self.embeddings or self.silenced):
+            raise ValueError("dose_key, embeddings and silenced need a perturbation_key")
         return self
+
+
+def _checked_size(network: Any) -> Any:
+    """Refuse networks that no machine holds, before one is asked for the memory."""
+    n_weights = network.n_blocks * network.width * network.feedforward_width
+    if n_weights > _MOST_WEIGHTS:
+        raise ValueError(f"{n_weights:,} weights in the blocks alone fit into no machine")
+    return network
 
 
 class TransformerConfig(_Section):
@@ -73,6 +92,10 @@ class TransformerConfig(_Section):
     n_heads: int = Field(10, ge=1, description="Attention heads; width / n_heads is even.")
     feedforward_width: int = Field(2560, ge=8, description="Hidden width of SwiGLU.")
     genes_per_group: int = Field(8, ge=1, description="S: genes flattened into one transformer token.")
+
+    @model_validator(mode="after")
+    def _fits_some_machine(self) -> "TransformerConfig":
+        return _checked_size(self)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "TransformerConfig":
@@ -96,6 +119,10 @@ class SetConfig(_Section):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of each block.")
 
+    @model_validator(mode="after")
+    def _fits_some_machine(self) -> "SetConfig":
+        return _checked_size(self)
+
 
 class TrainingConfig(_Section):
     """Optimiser, schedule and bookkeeping of one training run."""
@@ -106,14 +133,22 @@ class TrainingConfig(_Section):
     max_seconds: float | None = Field(
         None, gt=0, description="Training ends after so many seconds if not earlier; the learning rate follows."
     )
-    minibatch_size: int = Field(128, ge=1, description="Cells per optimiser step.")
+    minibatch_size: int = Field(
+        128, ge=1, le=_MOST_CELLS_AT_ONCE, description="Cells per optimiser step, over all processes."
+    )
+    microbatch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Cells that each process computes at once; auto: all, and half when memory runs out."
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none", description="With several processes: each holds the whole network (DDP), or a part of it (FSDP2)."
+    )
     peak_learning_rate: float = Field(2e-3, gt=0, description="Learning rate after warm-up.")
     final_learning_rate: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.02, ge=0, description="AdamW weight decay on matrices.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.95), description="AdamW betas.")
     clip_norm: float = Field(1.0, gt=0, description="Largest global gradient norm.")
-    ema_sigma_rel: tuple[float, float] = Field(
+    ema_sigma_rel: tuple[_Width, _Width] = Field(
         (0.05, 0.10), description="Relative widths of the two power-function EMAs."
     )
     ema_every: int = Field(1, ge=1, description="Steps between two updates of the EMAs.")
@@ -143,6 +178,9 @@ class TrainingConfig(_Section):
     depth_dropout: float = Field(
         0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
     )
+    keep_best: bool = Field(
+        True, description="With validation conditions: generate from the step that foretold them best, not the last."
+    )
     validate_every: int = Field(250, ge=1, description="Steps between two validation passes.")
     checkpoint_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of initialisation, minibatches and masks.")
@@ -171,9 +209,11 @@ class GenerationConfig(_Section):
     guidance_ramp: float = Field(
         0.0, ge=0, description="Guidance grows with (share of visible genes)^ramp; 0 = the same at every step."
     )
-    minibatch_size: int = Field(256, ge=1, description="Cells held in memory at once, rounded up to whole tiles.")
+    minibatch_size: int = Field(
+        256, ge=1, le=_MOST_CELLS_AT_ONCE, description="Cells held in memory at once, rounded up to whole tiles."
+    )
     tile_size: int = Field(
-        64, ge=2, description="Rows of every network call; part of what determines a cell's rounding."
+        64, ge=2, le=1 << 16, description="Rows of every network call; part of what determines a cell's rounding."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the run; cell i uses (seed, i).")
 
@@ -205,7 +245,7 @@ def _paper(genes_per_group: int) -> dict[str, Any]:
             "validate_every": 1_000,
             "checkpoint_every": 1_000,
         },
-        "generation": {"steps": 256, "schedule": "cosine", "minibatch_size": 64},
+        "generation": {"steps": 256, "schedule": "cosine", "guidance_space": "logits", "minibatch_size": 64},
     }
 
 
@@ -267,12 +307,7 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LingshuError(
-            "The configuration must be a readable TOML file", f"{file}: {error}", "Mend the file"
-        ) from None
+    return read_toml(file, "The configuration must be a readable TOML file")
 
 
 def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -290,8 +325,9 @@ def _parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+        return parsed["value"] if len(parsed) == 1 else text
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError, but none of TOML's
         return text
 
 

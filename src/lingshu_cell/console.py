@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lingshu_cell.config import Config
+from lingshu_cell.errors import printable
 
 if TYPE_CHECKING:
     from lingshu_cell.train import Progress as TrainingProgress
@@ -24,17 +25,18 @@ _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 def say(text: str) -> None:
     """Print a line to stderr."""
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(printable(text), markup=False, highlight=False)
 
 
 def give(text: str) -> None:
     """Print a result to stdout."""
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    Console(soft_wrap=True).print(printable(text), markup=False, highlight=False)
 
 
 def give_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object to stdout; a number that is not finite becomes null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a file name may be no Unicode: \udcff is JSON
 
 
 def clock(seconds: float) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from lingshu_cell.checkpoint import Checkpoint
 from lingshu_cell.diffusion.information import InformationCurve
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.output_files import read_checked_json, writable, write_checked_json
+from lingshu_cell.input_files import read_json
+from lingshu_cell.output_files import checked, writable, write_checked_json
 
 FILE = "schedule.json"
 
@@ -29,12 +30,13 @@ def load_curve(checkpoint: Checkpoint) -> StoredCurve | None:
     """
     file = checkpoint.folder.parent / FILE
     if file.is_file():
+        stored = read_json(file, "A stored schedule must be whole", "Delete this file")
         try:
-            stored = read_checked_json(file)
+            stored = checked(stored)
             if stored["checkpoint_checksum"] == checkpoint.manifest["checksum"]:
                 curve = InformationCurve.from_json(stored["information_curve"])
                 return StoredCurve(curve, str(stored["measured_on"]))
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LingshuError("A stored schedule must be whole", f"{file}: {error}", "Delete this file") from None
     values = checkpoint.manifest.get("information_curve")
     if values is None:

@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 
 EXIT_CODE_USER_ERROR = 2
+EXIT_CODE_TROUBLE = 1
 _MOST_OFFENDERS = 5
+_LONGEST_NAME = 80
+_LONGEST_PART = 900
 
 
 class LingshuError(ValueError):
@@ -17,20 +20,52 @@ class LingshuError(ValueError):
         What was found instead, with at most five offenders and their number (see :func:`offenders`).
     remedy
         What the user can do about it.
+
+    Attributes
+    ----------
+    exit_code
+        Of the command line.
+    process
+        Which of several processes says it; the others end silently.
     """
 
+    exit_code = EXIT_CODE_USER_ERROR
+    process = 0
+
     def __init__(self, rule: str, finding: str, remedy: str) -> None:
-        self.rule, self.finding, self.remedy = (_one_line(part) for part in (rule, finding, remedy))
+        self.rule, self.finding, self.remedy = (one_line(part) for part in (rule, finding, remedy))
         super().__init__(f"{self.rule}: {self.finding}. {self.remedy}.")
 
 
+class LostProcessError(LingshuError):
+    """One of several processes is gone, so the others cannot go on: nobody's mistake, and the command exits with 1."""
+
+    exit_code = EXIT_CODE_TROUBLE
+
+
 def offenders(items: Iterable[object]) -> str:
-    """Name at most five of ``items`` and say how many there are, e.g. ``"'A', 'B' (2)"``."""
-    names = [repr(item) if isinstance(item, str) else str(item) for item in items]
-    shown = ", ".join(names[:_MOST_OFFENDERS])
-    more = ", …" if len(names) > _MOST_OFFENDERS else ""
-    return f"{shown}{more} ({len(names)})"
+    """Name at most five of ``items`` and say how many there are, e.g. ``"'A', 'B' (2)"``; long names are cut."""
+    items = list(items)
+    names = [
+        repr(_shortened(item, _LONGEST_NAME)) if isinstance(item, str) else _shortened(str(item), _LONGEST_NAME)
+        for item in items[:_MOST_OFFENDERS]
+    ]
+    more = ", …" if len(items) > _MOST_OFFENDERS else ""
+    return f"{', '.join(names)}{more} ({len(items)})"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split()).rstrip(".")
+def printable(text: str) -> str:
+    r"""Write what would move a terminal's cursor, colour it or hide from the eye as ``\x1b``; ends of lines stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """Put a text of any length and origin on one line that fits a screen."""
+    return _shortened(printable(" ".join(str(text).split())).rstrip("."), _LONGEST_PART)
+
+
+def _shortened(text: str, most: int) -> str:
+    """Cut a text in its middle."""
+    return text if len(text) <= most else f"{text[: most - most // 4]} … {text[-most // 4 :]}"

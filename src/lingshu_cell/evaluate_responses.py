@@ -1,6 +1,5 @@
 """Judge predicted responses to perturbations against measured ones, from files, whatever model made them."""
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ import scipy.sparse as sp
 
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import read_json
 from lingshu_cell.metrics import cell_eval, cell_eval2, depth, embedding, folder, responses
 from lingshu_cell.metrics.clock import Clock
 from lingshu_cell.response_libraries import (
@@ -216,13 +216,10 @@ def _read_baseline(path: Path, settings: dict) -> dict[str, float | None]:
     """Read cell-eval's means of a baseline, and refuse an evaluation that judged against other cells."""
     file = path / RECORD if path.is_dir() else path
     remedy = "Evaluate the baseline's cells with the same real data and settings, and pass that folder"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LingshuError(f"The baseline must be a folder with {RECORD}", f"{file}: {error}", remedy) from error
-    if not record.get("cell_eval"):
+    record = read_json(file, f"The baseline must be a folder with {RECORD}", remedy)
+    if not isinstance(record.get("cell_eval"), dict) or not isinstance(record["cell_eval"].get("mean"), dict):
         raise LingshuError("The baseline must have been judged by cell-eval", f"{file} has no cell_eval", remedy)
-    theirs = record.get("settings", {})
+    theirs = record["settings"] if isinstance(record.get("settings"), dict) else {}
     differing = [name for name, value in folder.plain(settings).items() if theirs.get(name) != value]
     if differing:
         raise LingshuError(

@@ -1,6 +1,5 @@
 """Read the folder that an evaluation wrote, and refuse what no report can be made from."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import open_binary, read_json, refuse_special
 
 SOURCES = ("real", "generated")
 GENE_PREFIX = "gene:"
@@ -89,17 +89,7 @@ def read_evaluation(directory: Path) -> Evaluation:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LingshuError(
-            f"{path.name} must be valid JSON", f"{path.name} is broken: {error}", _EVALUATE_AGAIN
-        ) from error
-    if not isinstance(content, dict):
-        raise LingshuError(
-            f"{path.name} must be a JSON object", f"it holds a {type(content).__name__}", _EVALUATE_AGAIN
-        )
-    return content
+    return read_json(path, f"{path.name} must be valid JSON", _EVALUATE_AGAIN)
 
 
 def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:
@@ -121,7 +111,11 @@ def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:
 def _read_table(path: Path, columns: Sequence[str], text: Sequence[str] | None) -> pd.DataFrame:
     """Read a table; ``text`` columns become strings, every other wanted column must hold numbers (None: no check)."""
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(text or (), str))
+        refuse_special(path, f"{path.name} must be a table of comma-separated values")
+        with open_binary(path) as stream:
+            table = pd.read_csv(stream, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(text or (), str))
+    except LingshuError:
+        raise
     except Exception as error:  # pandas, gzip and the text decoder each have their own kinds
         raise LingshuError(
             f"{path.name} must be a table of comma-separated values", f"it cannot be read: {error}", _EVALUATE_AGAIN

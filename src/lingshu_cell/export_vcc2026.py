@@ -29,6 +29,7 @@ from lingshu_cell.data.condition_labels import labels_of
 from lingshu_cell.data.count_blocks import VALUES_PER_BLOCK, CountBlocks
 from lingshu_cell.data.counts import check_counts
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def write_vcc2026(
     _refuse(gene_rules(genes, genes, n_genes))
     if not sources:
         raise LingshuError("A submission has cells", "no file of predictions is given", "Name one or more")
-    if Path(out).expanduser().exists() and any(Path(out).expanduser().samefile(Path(p).expanduser()) for p in sources):
+    if expanded(out).exists() and any(expanded(out).samefile(expanded(p)) for p in sources):
         raise LingshuError("Predictions stay as they are", f"{out} is one of them", "Name another file to write")
     read = [_read_source(path, genes, target_key, context_key, control, layer, fill_genes) for path in sources]
     targets, of_context = (

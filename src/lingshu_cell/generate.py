@@ -3,8 +3,8 @@
 Shapes: B cells of a tile, G modelled genes, C condition fields.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from scipy import sparse
 from torch import nn
 
-from lingshu_cell.checkpoint import Checkpoint, load_checkpoint
+from lingshu_cell.arguments import is_finite, mapping, whole_number
+from lingshu_cell.checkpoint import Checkpoint, load_best, load_checkpoint, reading
 from lingshu_cell.conditioning import Conditioner
-from lingshu_cell.config import Config
+from lingshu_cell.config import Config, SetConfig
 from lingshu_cell.curve_store import load_curve
 from lingshu_cell.data.anndata_io import H5adWriter
+from lingshu_cell.data.counts import MOST_COUNTS
 from lingshu_cell.data.tokenizer import decode, encode, token_midpoints
 from lingshu_cell.data.training_set import RareGenes
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
@@ -34,6 +36,7 @@ from lingshu_cell.guidance_store import load_calibration
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.network.distribution import Denoiser
 from lingshu_cell.request import Request, describe_request, resolve_request
+from lingshu_cell.silenced import Silenced, describe_silenced, read_silenced
 from lingshu_cell.tokens import MASK_TOKEN
 
 _DECODE_STREAM, _RARE_STREAM, _CONDITION_STREAM = 1, 2, 3
@@ -91,7 +94,7 @@ class TrainedModel:
 
 
 def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str | None = None) -> TrainedModel:
-    """Load the newest checkpoint of a run for generation.
+    """Load the best checkpoint of a run for generation: the newest, unless validation conditions say otherwise.
 
     Parameters
     ----------
@@ -107,35 +110,74 @@ def load_model(run: Path | str, device: torch.device | str = "cpu", weights: str
     LingshuError
         If there is no whole checkpoint, or ``weights`` are not among its weights.
     """
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_best(run)
+    with reading(checkpoint):
+        return _model_of(run, checkpoint, device, weights)
+
+
+def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | str, weights: str | None) -> TrainedModel:
     manifest = checkpoint.manifest
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
+    genes = GeneVocabulary.from_json(manifest["genes"])
     conditioner = Conditioner.from_saved(
         manifest["conditioning"], {k: v for k, v in checkpoint.tensors("conditioning").items() if k != "none"}
     )
-    midpoints = torch.from_numpy(token_midpoints())
-    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     averages = [f"ema_{sigma_rel:.2f}" for sigma_rel in config.training.ema_sigma_rel]
     weights = weights or averages[0]
     if weights not in ("weights", *averages):
         raise LingshuError("The weights must exist", f"'{weights}'", f"Choose one of weights, {', '.join(averages)}")
+    _check_data(data, len(genes), conditioner.vocabulary.sizes, manifest["n_training_cells"])
+    stored = checkpoint.tensors(weights)
+    _check_weights(config, len(data["modelled"]), stored)
+    midpoints = torch.from_numpy(token_midpoints())
+    network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
-    network.load_state_dict(buffers | checkpoint.tensors(weights))
-    stored = load_curve(checkpoint)
+    network.load_state_dict(buffers | stored)
+    curve = load_curve(checkpoint) or load_curve(load_checkpoint(run))  # the best may be before the curve was measured
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,
         config=config,
         network=network.to(device).eval(),
-        genes=GeneVocabulary.from_json(manifest["genes"]),
+        genes=genes,
         modelled=data["modelled"].numpy(),
         conditioner=conditioner,
         condition_rows=data["condition_rows"].numpy(),
         condition_row_counts=data["condition_row_counts"].numpy(),
         rare=rare,
-        curve=None if stored is None else stored.curve,
+        curve=None if curve is None else curve.curve,
     )
+
+
+def _check_data(data: Mapping[str, torch.Tensor], n_genes: int, sizes: Sequence[int], n_training_cells: Any) -> None:
+    """Refuse places of genes, and condition rows, that are out of range."""
+    modelled, gene, count = (data[name].numpy() for name in ("modelled", "rare_gene", "rare_count"))
+    rows, row_counts = data["condition_rows"].numpy(), data["condition_row_counts"].numpy()
+    n_cells = whole_number(n_training_cells, "The number of training cells", 1)
+    whole = [array.dtype.kind == "i" for array in (modelled, gene, count, rows, row_counts)]
+    shapes = modelled.ndim == gene.ndim == row_counts.ndim == 1 and gene.shape == count.shape
+    if not (all(whole) and shapes and len(modelled) and rows.shape == (len(row_counts), len(sizes))):
+        raise ValueError("genes and condition rows of other types or shapes")
+    in_range = modelled[0] >= 0 and modelled[-1] < n_genes and (np.diff(modelled) > 0).all()
+    in_range = in_range and ((gene >= 0) & (gene < n_genes) & (count > 0)).all()
+    if not (in_range and len(rows) and ((rows >= 0) & (rows < np.array(sizes, dtype=np.int64))).all()):
+        raise ValueError("genes or condition rows out of range")
+    if not ((row_counts > 0).all() and row_counts.sum() <= n_cells):
+        raise ValueError(f"condition rows of {row_counts.sum():,} cells, {n_cells:,} in training")
+
+
+def _check_weights(config: Config, n_genes: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that no training leaves, before a network as large as the settings say is built for them."""
+    network = config.network
+    least = network.n_blocks * network.width * network.feedforward_width
+    least += n_genes * network.gene_width if isinstance(network, SetConfig) else network.genes_per_group * network.width
+    n_stored = sum(value.numel() for value in weights.values())
+    if least > n_stored:
+        raise ValueError(f"its settings need {least:,} weights or more, {n_stored:,} are stored")
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"weights that are not finite: {offenders(broken)}")
 
 
 def resolve_schedule(
@@ -189,6 +231,9 @@ class Steering:
         Gene → count that it is given before the first step, in every cell.
     tilt
         Gene → factor that its mean is multiplied by.
+    silenced
+        Where given, the target of a perturbation and the genes that it silences in other identities are given 1 UMI
+        before the first step, in each condition its own.
     """
 
     guidance_scale: float = 1.0
@@ -197,9 +242,45 @@ class Steering:
     guidance_ramp: float = 0.0
     clamp: Mapping[str, int] = field(default_factory=dict)
     tilt: Mapping[str, float] = field(default_factory=dict)
+    silenced: Silenced | None = None
 
 
-def generate_chunks(
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A generation that was checked and can be begun; :func:`plan_cells` makes it.
+
+    Attributes
+    ----------
+    n_cells, first
+        How many cells, and the index of the first one.
+    request, steering, schedule
+        Conditions, guidance and priors, and how many genes each step reveals.
+    clamped
+        Column among the modelled genes → count that it is given before the first step, in every cell.
+    silenced
+        Condition row → columns that are given 1 UMI before the first step.
+    notes
+        What a user should know of conditions and priors.
+    seed, minibatch_size
+        As they will be used.
+    asked
+        What was asked for in words, for :func:`provenance`.
+    """
+
+    n_cells: int
+    first: int
+    request: Request
+    steering: Steering
+    schedule: Schedule
+    clamped: Mapping[int, int]
+    silenced: Mapping[tuple[int, ...], list[int]]
+    notes: tuple[str, ...]
+    seed: int
+    minibatch_size: int
+    asked: Mapping[str, Any]
+
+
+def plan_cells(
     model: TrainedModel,
     n_cells: int,
     *,
@@ -215,11 +296,8 @@ def generate_chunks(
     seed: int | None = None,
     minibatch_size: int | None = None,
     first: int = 0,
-) -> Iterator[GeneratedChunk]:
-    """Generate cells chunk by chunk, in memory that does not grow with their number.
-
-    Every cell depends on its seed, its conditions and the settings alone: the network always sees tiles of the same
-    number of rows, so that not even rounding depends on the minibatch size or on where a run was restarted.
+) -> Plan:
+    """Check what is asked for, and look up all that its generation needs.
 
     Parameters
     ----------
@@ -239,35 +317,68 @@ def generate_chunks(
     first
         Index of the first cell, to go on where another call ended.
 
-    Yields
-    ------
-    GeneratedChunk
-
     Raises
     ------
     LingshuError
         On unknown conditions, genes or schedules, or an impossible number of steps or cells.
     """
-    if n_cells < 1:
-        raise LingshuError("The number of cells must be 1 or more", f"{n_cells}", "Change --n")
-    if first < 0:
-        raise LingshuError("The index of the first cell must be 0 or more", f"{first}", "Change first")
     defaults = model.config.generation
     minibatch_size = defaults.minibatch_size if minibatch_size is None else minibatch_size
-    if minibatch_size < 1:
-        raise LingshuError("The minibatch size must be 1 or more", f"{minibatch_size}", "Change it")
     seed = defaults.seed if seed is None else seed
-    if not 0 <= seed < 2**31:
-        raise LingshuError("The seed must lie between 0 and 2147483647", f"{seed}", "Change --seed")
-    grid = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl).grid
-    tile = defaults.tile_size
-    per_chunk = -(-minibatch_size // tile) * tile
+    n_cells = whole_number(n_cells, "The number of cells", 1, remedy="Change --n")
+    first = whole_number(first, "The index of the first cell")
+    minibatch_size = whole_number(minibatch_size, "The minibatch size", 1, remedy="Change --minibatch-size")
+    seed = whole_number(seed, "The seed", 0, 2**31 - 1, "Change --seed")
+    chosen = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl)
     request = request_of(model, condition, dose=dose, depth=depth, context=context, unseen=unseen)
-    steered = _Steered(model, request, steering or steering_of(model))
-    start = first // tile * tile  # whole tiles only: a cell always sits in the same row of the same tile
-    for chunk in range(start, first + n_cells, per_chunk):
-        end = min(chunk + per_chunk, -(-(first + n_cells) // tile) * tile)
-        seeds = cell_seeds(seed, chunk, end - chunk)
+    steering = steering or steering_of(model)
+    _check_steering(model, request, steering)
+    asked = {"condition": {key: str(value) for key, value in (condition or {}).items()}, "dose": dose, "unseen": unseen}
+    limits = {"max_kl": defaults.max_kl if max_kl is None else max_kl}
+    silenced, notes = _silenced_columns(model, request, steering)
+    return Plan(
+        n_cells,
+        first,
+        request,
+        steering,
+        chosen,
+        _columns(model, steering.clamp),
+        silenced,
+        (*request.notes, *notes),
+        seed,
+        minibatch_size,
+        asked | limits,
+    )
+
+
+def generate_chunks(model: TrainedModel, n_cells: int, **settings: Any) -> Iterator[GeneratedChunk]:
+    """Generate cells chunk by chunk, in memory that does not grow with their number; see :func:`draw_chunks`.
+
+    Parameters
+    ----------
+    model, n_cells, settings
+        As in :func:`plan_cells`.
+    """
+    return draw_chunks(model, plan_cells(model, n_cells, **settings))
+
+
+def draw_chunks(model: TrainedModel, plan: Plan) -> Iterator[GeneratedChunk]:
+    """Generate the cells of a plan chunk by chunk, in memory that does not grow with their number.
+
+    Every cell depends on its seed, its conditions and the settings alone: the network always sees tiles of the same
+    number of rows, so that not even rounding depends on the minibatch size or on where a run was restarted.
+
+    Yields
+    ------
+    GeneratedChunk
+    """
+    tile, request, grid = model.config.generation.tile_size, plan.request, plan.schedule.grid
+    per_chunk = -(-plan.minibatch_size // tile) * tile
+    steered = _Steered(model, plan)
+    start, stop = plan.first // tile * tile, plan.first + plan.n_cells  # whole tiles only: a cell always sits in the
+    for chunk in range(start, stop, per_chunk):  # same row of the same tile
+        end = min(chunk + per_chunk, -(-stop // tile) * tile)
+        seeds = cell_seeds(plan.seed, chunk, end - chunk)
         streams = [_stream(s, _CONDITION_STREAM) for s in seeds]
         rows = np.stack([request.rows[s.choice(len(request.rows), p=request.probabilities)] for s in streams])
         log_depth = _log_depths(request, rows, np.array([s.random() for s in streams]))
@@ -277,8 +388,8 @@ def generate_chunks(
                 for i in (slice(first_row, first_row + tile) for first_row in range(0, len(seeds), tile))
             ]
         )
-        wanted = slice(max(first - chunk, 0), min(first + n_cells, end) - chunk)
-        yield _chunk(model, request, tokens[wanted], seeds[wanted], rows[wanted], steered.clamped)
+        wanted = slice(max(plan.first - chunk, 0), min(stop, end) - chunk)
+        yield _chunk(model, request, tokens[wanted], seeds[wanted], rows[wanted], plan.clamped)
 
 
 def steering_of(
@@ -286,10 +397,14 @@ def steering_of(
     *,
     clamp: Mapping[str, int] | None = None,
     tilt: Mapping[str, float] | None = None,
+    prior: str | None = None,
+    de_tables: Path | str | None = None,
     **guidance: Any,
 ) -> Steering:
-    """Give guidance and priors as asked for; guidance not given (or ``None``) is what a calibration found, or else the
-    run's own.
+    """Give guidance and priors as asked for.
+
+    ``prior`` is ``None`` or ``"silenced"``, by the tables in ``de_tables`` or those of training; see
+    :mod:`lingshu_cell.silenced`. Guidance not given (or ``None``) is what a calibration found, or else the run's own.
     """
     defaults = model.config.generation
     calibrated = load_calibration(model.checkpoint.folder.parent, model.checkpoint.step)
@@ -298,7 +413,16 @@ def steering_of(
         guidance |= {"guidance_scale": calibrated.scale, "guidance_space": calibrated.space}
     names = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
     chosen = {name: getattr(defaults, name) if guidance.get(name) is None else guidance[name] for name in names}
-    return Steering(**chosen, clamp=clamp or {}, tilt=tilt or {})
+    if prior not in (None, "silenced"):
+        raise LingshuError("The prior must exist", f"'{prior}'", "Choose silenced, or leave it out")
+    if prior is None and de_tables is not None:
+        raise LingshuError("Tables of differential expression serve a prior", "none is chosen", "Add --prior silenced")
+    checkpoint = model.checkpoint
+    expected = checkpoint.manifest.get("silenced_sha256")
+    silenced = None if prior is None else read_silenced(checkpoint.folder.parent, de_tables, expected)
+    clamp = mapping(clamp, "Clamped genes", '{"STAT1": 0}')
+    tilt = mapping(tilt, "Tilted genes", '{"STAT1": 0.5}')
+    return Steering(**chosen, clamp=clamp, tilt=tilt, silenced=silenced)
 
 
 def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, **asked: Any) -> Request:
@@ -317,32 +441,38 @@ def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, 
 
 
 def generate(model: TrainedModel, n_cells: int, **settings: Any) -> ad.AnnData:
-    """Generate cells in memory; settings as in :func:`generate_chunks`."""
-    chunks = list(generate_chunks(model, n_cells, **settings))
+    """Generate cells in memory; settings as in :func:`plan_cells`."""
+    plan = plan_cells(model, n_cells, **settings)
+    chunks = list(draw_chunks(model, plan))
     adata = ad.AnnData(
         sparse.vstack([chunk.counts for chunk in chunks], format="csr"),
         obs=pd.concat([chunk.obs for chunk in chunks]),
         var=_var(model),
     )
-    adata.uns["lingshu_cell"] = provenance(model, n_cells, **settings)
+    adata.uns["lingshu_cell"] = provenance(model, plan)
     return adata
 
 
-def generate_file(
+def generate_file(model: TrainedModel, n_cells: int, out: Path | str, **settings: Any) -> Path:
+    """Generate cells into an h5ad file; settings as in :func:`plan_cells` and :func:`write_cells`."""
+    writing = {name: settings.pop(name) for name in ("overwrite", "on_progress") if name in settings}
+    return write_cells(model, plan_cells(model, n_cells, **settings), out, **writing)
+
+
+def write_cells(
     model: TrainedModel,
-    n_cells: int,
+    plan: Plan,
     out: Path | str,
     *,
     overwrite: bool = False,
     on_progress: Callable[[int], None] = lambda n_done: None,
-    **settings: Any,
 ) -> Path:
-    """Generate cells into an h5ad file, chunk by chunk; the file appears when it is whole.
+    """Generate the cells of a plan into an h5ad file, chunk by chunk; the file appears when it is whole.
 
     Parameters
     ----------
-    model, n_cells, settings
-        As in :func:`generate_chunks`.
+    model, plan
+        What :func:`load_model` and :func:`plan_cells` gave.
     out
         The file to write.
     overwrite
@@ -350,32 +480,37 @@ def generate_file(
     on_progress
         Called with the number of cells done after each chunk.
     """
-    with H5adWriter(Path(out), _var(model), n_cells, overwrite=overwrite) as writer:
-        for chunk in generate_chunks(model, n_cells, **settings):
+    with H5adWriter(Path(out), _var(model), plan.n_cells, overwrite=overwrite) as writer:
+        for chunk in draw_chunks(model, plan):
             writer.append(chunk.counts, chunk.obs)
             on_progress(writer.n_written)
-        writer.close(uns={"lingshu_cell": provenance(model, n_cells, **settings)})
+        writer.close(uns={"lingshu_cell": provenance(model, plan)})
     return Path(out)
 
 
-def provenance(model: TrainedModel, n_cells: int, **settings: Any) -> dict[str, Any]:
+def provenance(model: TrainedModel, plan: Plan) -> dict[str, Any]:
     """What made the cells, for ``uns["lingshu_cell"]``: text and numbers only."""
-    manifest, defaults = model.checkpoint.manifest, model.config.generation
-    given = {k: v for k, v in settings.items() if v is not None}
-    asked = {k: given.pop(k) for k in ("condition", "dose", "depth", "context", "unseen") if k in given}
-    steering: Steering = given.pop("steering", None) or steering_of(model)
-    chosen = {**defaults.model_dump(), **given}
-    used = resolve_schedule(model, **{key: chosen[key] for key in ("steps", "schedule", "max_kl")})
-    chosen |= {"steps": used.steps, "schedule": used.name, "visible_counts": " ".join(map(str, used.grid))}
+    manifest, used, steering = model.checkpoint.manifest, plan.schedule, plan.steering
+    chosen = {
+        **model.config.generation.model_dump(),
+        "steps": used.steps,
+        "schedule": used.name,
+        "visible_counts": " ".join(map(str, used.grid)),
+        "max_kl": plan.asked["max_kl"],
+        "seed": plan.seed,
+        "minibatch_size": plan.minibatch_size,
+    }
+    if plan.first:
+        chosen["first"] = plan.first
     if used.predicted_kl is not None:
         chosen["predicted_kl_nats_per_cell"] = used.predicted_kl
     record = {
         "what": "cells generated by a masked discrete diffusion model; X holds integer UMI counts of every gene",
-        "n_cells": n_cells,
+        "n_cells": plan.n_cells,
         "preset": model.config.preset,
         "checkpoint_step": model.checkpoint.step,
         "checkpoint_checksum": manifest["checksum"],
-        "condition": {key: str(value) for key, value in asked.get("condition", {}).items()},
+        "condition": dict(plan.asked["condition"]),
         "conditions_not_given": "drawn jointly from the training cells that match",
         "generation": {key: value for key, value in chosen.items() if isinstance(value, (int, float, str))},
         "n_genes": len(model.genes),
@@ -385,39 +520,26 @@ def provenance(model: TrainedModel, n_cells: int, **settings: Any) -> dict[str, 
         "validation_nelbo_nats_per_cell": manifest["validation_nelbo_nats_per_cell"] or float("nan"),
         "versions": manifest["versions"],
     }
-    request = request_of(model, asked.pop("condition", {}), **asked)
-    plain = {name: asked[name] for name in ("dose", "unseen") if name in asked}
-    steered = {**plain, **describe_request(request), **asdict(steering)}
+    plain = {name: plan.asked[name] for name in ("dose", "unseen") if plan.asked[name] is not None}
+    steered = {**plain, **describe_request(plan.request), **_described(plan)}
     if model.conditioner.perturbation_key is not None:
         keys = {"perturbation_key": model.conditioner.perturbation_key}
         record["perturbation"] = keys | {"control": model.conditioner.perturbations.control} | steered
-    elif steering.clamp or steering.tilt or request.log_depth is not None:
+    elif steering.clamp or steering.tilt or plan.request.log_depth is not None:
         record["steering"] = steered
     return record
 
 
 class _Steered:
-    """Sampler over priors over guidance over the network, in plain sight.
+    """Sampler over priors over guidance over the network, in plain sight."""
 
-    Attributes
-    ----------
-    clamped
-        Column among the modelled genes → count.
-    """
-
-    def __init__(self, model: TrainedModel, request: Request, steering: Steering) -> None:
-        self._model, self._request, self._steering = model, request, steering
-        _check_steering(model, request, steering)
-        column = {int(gene): i for i, gene in enumerate(model.modelled)}
+    def __init__(self, model: TrainedModel, plan: Plan) -> None:
+        self._model, self._request, self._steering, self._plan = model, plan.request, plan.steering, plan
         self._count_V = torch.from_numpy(token_midpoints()).float().to(model.device)
-        self.clamped = {
-            column[int(g)]: int(count)
-            for g, count in zip(model.genes.index(steering.clamp), steering.clamp.values(), strict=True)
-        }
-        self._token_of_gene = {gene: int(encode(np.array([count]))[0]) for gene, count in self.clamped.items()}
+        self._token_of_gene = {gene: int(encode(np.array([count]))[0]) for gene, count in plan.clamped.items()}
         self._log_factor_G = torch.zeros(len(model.modelled), device=model.device)
-        for g, factor in zip(model.genes.index(steering.tilt), steering.tilt.values(), strict=True):
-            self._log_factor_G[column[int(g)]] = float(np.log(factor))
+        for column, factor in _columns(model, plan.steering.tilt).items():
+            self._log_factor_G[column] = float(np.log(factor))
 
     def tile_tokens(
         self, seeds: np.ndarray, rows: np.ndarray, log_depth: np.ndarray | None, grid: np.ndarray
@@ -442,6 +564,9 @@ class _Steered:
             denoiser = TiltedDenoiser(denoiser, self._log_factor_G, self._count_V)
         n_genes = len(model.modelled)
         start_BG = torch.full((len(seeds), n_genes), MASK_TOKEN, dtype=torch.int16, device=model.device)
+        for row in np.unique(rows, axis=0):
+            columns = self._plan.silenced.get(tuple(row.tolist()), [])
+            start_BG[np.ix_((rows == row).all(1).nonzero()[0], columns)] = 1
         start_BG = clamp(start_BG, self._token_of_gene)
         noise = draw_cell_noise(seeds.tolist(), n_genes, model.device)
         with model.autocast():
@@ -452,18 +577,57 @@ class _Steered:
         return None if dose is None else np.where(self._request.conditioner.is_perturbed(rows), dose, 0.0)
 
 
+def _columns(model: TrainedModel, amounts: Mapping[str, Any]) -> dict[int, Any]:
+    """Gene → amount by the gene's place among the modelled genes."""
+    place = np.searchsorted(model.modelled, model.genes.index(amounts))
+    return dict(zip(place.tolist(), amounts.values(), strict=True))
+
+
+def _silenced_columns(
+    model: TrainedModel, request: Request, steering: Steering
+) -> tuple[dict[tuple[int, ...], list[int]], list[str]]:
+    """Columns to be held low in each perturbed condition row, and what to tell of them."""
+    silenced, conditioner = steering.silenced, request.conditioner
+    if silenced is None:
+        return {}, []
+    names = [model.genes.names[g] for g in model.modelled]
+    column_of = {name: column for column, name in enumerate(names)}
+    rows = request.rows[conditioner.is_perturbed(request.rows)]
+    labels = conditioner.vocabulary.decode(rows)[conditioner.perturbation_key].astype(str)
+    columns, held = {}, {}
+    for row, label, identity in zip(rows.tolist(), labels, conditioner.identity_names(rows), strict=True):
+        genes = silenced.genes(label, identity, names, model.config.data.combination_separator)
+        columns[tuple(row)], held[identity, label] = [column_of[gene] for gene in genes], genes
+    return columns, describe_silenced(silenced, held)
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    """Guidance and priors as text and numbers, for ``uns``."""
+    steering = plan.steering
+    described = {f.name: getattr(steering, f.name) for f in fields(steering) if f.name != "silenced"}
+    described |= {"clamp": dict(steering.clamp), "tilt": dict(steering.tilt)}
+    notes = {"notes": list(plan.notes)}
+    return described | notes | ({} if steering.silenced is None else {"prior": f"silenced: {steering.silenced.source}"})
+
+
 def _check_steering(model: TrainedModel, request: Request, steering: Steering) -> None:
     if steering.guidance_space not in GUIDANCE_SPACES:
         raise LingshuError(
             "The space of guidance must exist", f"'{steering.guidance_space}'", f"Choose {', '.join(GUIDANCE_SPACES)}"
         )
-    if not (np.isfinite(steering.guidance_scale) and steering.guidance_scale >= 0):
+    if not (is_finite(steering.guidance_scale) and steering.guidance_scale >= 0):
         raise LingshuError(
             "The strength of guidance must be a number of 0 or more", f"{steering.guidance_scale}", "1 is as trained"
         )
     if steering.guidance_scale != 1 and request.conditioner.perturbation_key is None:
         raise LingshuError(
             "Guidance goes from control to a perturbation",
+            "this model knows no perturbations",
+            "Train with data.perturbation_key and data.control",
+        )
+    if steering.silenced is not None and request.conditioner.perturbation_key is None:
+        raise LingshuError(
+            "Silenced genes are those of a perturbation",
             "this model knows no perturbations",
             "Train with data.perturbation_key and data.control",
         )
@@ -474,9 +638,11 @@ def _check_steering(model: TrainedModel, request: Request, steering: Steering) -
             raise LingshuError(
                 f"Only modelled genes can be {name}", f"{offenders(rare)} was too rare in training", "Leave it out"
             )
-    if any(not (np.isfinite(count) and count >= 0 and count == int(count)) for count in steering.clamp.values()):
+    if any(
+        not (is_finite(count) and 0 <= count <= MOST_COUNTS and count % 1 == 0) for count in steering.clamp.values()
+    ):
         raise LingshuError("A clamped gene needs a whole count", f"{dict(steering.clamp)}", "Write for example STAT1=1")
-    if any(not (np.isfinite(factor) and factor > 0) for factor in steering.tilt.values()):
+    if any(not (is_finite(factor) and factor > 0) for factor in steering.tilt.values()):
         raise LingshuError("A tilt is a factor above 0", f"{dict(steering.tilt)}", "Write for example STAT1=0.2")
 
 

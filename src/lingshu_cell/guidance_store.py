@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lingshu_cell.arguments import is_finite
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.output_files import read_checked_json, writable, write_checked_json
+from lingshu_cell.input_files import read_json
+from lingshu_cell.output_files import checked, writable, write_checked_json
 
 GUIDANCE_NAME = "guidance.json"
 
@@ -55,17 +57,14 @@ def load_calibration(run: Path, checkpoint_step: int) -> Calibration | None:
     file = run / GUIDANCE_NAME
     if not file.is_file():
         return None
+    rule = "guidance.json must be as lingshu calibrate wrote it"
+    values = read_json(file, rule, "Delete it and calibrate again")
     try:
-        values = read_checked_json(file)
+        values = checked(values)
         values |= {name: tuple(values[name]) for name in ("scales", "slopes", "conditions")}
         calibration = Calibration(**values)
-        scale_is_number = isinstance(calibration.scale, (int, float))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LingshuError(
-            "guidance.json must be as lingshu calibrate wrote it", f"{file}: {error}", "Delete it and calibrate again"
-        ) from None
-    if not scale_is_number:
-        raise LingshuError(
-            "guidance.json must be as lingshu calibrate wrote it", f"{file}: the scale is no number", "Calibrate again"
-        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise LingshuError(rule, f"{file}: {error}", "Delete it and calibrate again") from None
+    if not is_finite(calibration.scale):
+        raise LingshuError(rule, f"{file}: the scale is no number", "Calibrate again")
     return calibration if calibration.checkpoint_step == checkpoint_step else None

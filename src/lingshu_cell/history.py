@@ -5,22 +5,80 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.output_files import locked, writable, write_text
 
-COLUMNS = ("step", "loss", "validation_nelbo", "bits_per_gene", "learning_rate", "gradient_norm", "seconds")
-"""loss and validation_nelbo in nats per cell; seconds since this process began to train."""
+COLUMNS = (
+    "step", "loss", "validation_nelbo", "bits_per_gene", "learning_rate", "gradient_norm", "seconds",
+    "condition_nelbo", "condition_r", "condition_slope", "condition_explained",
+)  # fmt: skip
+"""loss and nelbo in nats per cell; seconds since this process began to train; condition_* of validation conditions."""
 
 _RULE = "The run folder must be writable"
 _REMEDY = "Free some space or check the rights, then go on with --resume"
 
 
+class RunTable:
+    """A table that grows with a run; rows after the step of resumption are dropped, as they will come again.
+
+    What a full disk or a damage left broken is dropped too, and told.
+
+    Parameters
+    ----------
+    path
+        A CSV file.
+    columns
+        Its columns, of which ``step`` is the first.
+    step
+        Step the run goes on from; 0 starts a new table.
+    texts
+        Which columns hold texts; all others hold numbers or nothing.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int, texts: Sequence[str] = ()) -> None:
+        self.path, self._columns = path, tuple(columns)
+        self._numbers = [i for i, name in enumerate(columns) if name not in texts]
+        kept = self._kept(step) if step and path.is_file() else []
+        with writable(_RULE, path, _REMEDY):
+            write_text(path, _csv([self._columns, *kept]))
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows; what is ``None`` or not given stays empty."""
+        lines = [["" if row.get(name) is None else row[name] for name in self._columns] for row in rows]
+        with writable(_RULE, self.path, _REMEDY), open(self.path, "a", newline="", encoding="utf-8") as stream:
+            stream.write(_csv(lines))
+
+    def _kept(self, step: int) -> list[list[str]]:
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as stream:
+            try:
+                rows = list(csv.reader(stream))[1:]
+            except csv.Error:
+                rows = [[]]
+        whole = [row for row in rows if self._is_whole(row)]
+        if len(whole) < len(rows):
+            warnings.warn(f"{self.path}: {len(rows) - len(whole)} broken rows were left out", stacklevel=2)
+        return [row for row in whole if int(row[0]) <= step]
+
+    def _is_whole(self, row: list[str]) -> bool:
+        try:
+            int(row[0])
+            return len(row) == len(self._columns) and all(math.isfinite(float(row[i] or 0)) for i in self._numbers)
+        except (ValueError, IndexError):
+            return False
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
 class History:
-    """Append-only table of a run; rows after the step of resumption are dropped, as they will come again.
+    """The table history.csv of a run, and TensorBoard's events.
 
     Parameters
     ----------
@@ -33,51 +91,21 @@ class History:
     """
 
     def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
-        self._path = path = run / "history.csv"
-        kept = _whole_rows(path, step) if step and path.is_file() else []
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([COLUMNS, *kept])
-        with writable(_RULE, path, _REMEDY):
-            write_text(path, text.getvalue())
-            self._stream = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._writer = csv.DictWriter(self._stream, COLUMNS)
+        self._table = RunTable(run / "history.csv", COLUMNS, step)
         self._events = _events(run) if tensorboard else None
 
     def add(self, **row: Any) -> None:
         """Add a row; None leaves its cell empty."""
-        with writable(_RULE, self._path, _REMEDY):
-            self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
-            self._stream.flush()
+        self._table.add(row)
         if self._events:
             for key, value in row.items():
                 if value is not None and key != "step":
                     self._events.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
-        """Close the files."""
-        with contextlib.suppress(OSError):  # what could not be written was said
-            self._stream.close()
+        """Close what is open."""
         if self._events:
             self._events.close()
-
-
-def _whole_rows(path: Path, step: int) -> list[list[str]]:
-    """Read the rows up to a step; of what a full disk or a damage left broken, say so and go on without it."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
-        lines = stream.read().splitlines()[1:]
-    rows = [line.split(",") for line in lines]
-    whole = [row for row in rows if _is_whole(row)]
-    if len(whole) < len(rows):
-        warnings.warn(f"{path}: {len(rows) - len(whole)} broken rows were left out", stacklevel=2)
-    return [row for row in whole if int(row[0]) <= step]
-
-
-def _is_whole(row: list[str]) -> bool:
-    try:
-        int(row[0])
-        return len(row) == len(COLUMNS) and all(math.isfinite(float(value or 0)) for value in row)
-    except ValueError:
-        return False
 
 
 def _events(run: Path) -> Any:

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from lingshu_cell.aligned_cells import align_cells
-from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.arguments import mapping
+from lingshu_cell.checkpoint import Checkpoint, load_checkpoint, reading
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.generate import TrainedModel, generate, generate_file, load_model, steering_of
+from lingshu_cell.input_files import expanded
 from lingshu_cell.output_files import write_atomically
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import AUTOMATIC, run_config
@@ -162,6 +164,8 @@ class LingshuCell:
         guidance_space: str | None = None,
         clamp: Mapping[str, int] | None = None,
         tilt: Mapping[str, float] | None = None,
+        prior: str | None = None,
+        de_tables: Path | str | None = None,
         steps: int | str | None = None,
         schedule: str | None = None,
         max_kl: float | None = None,
@@ -195,6 +199,9 @@ class LingshuCell:
             Gene → count that every cell has before the first step.
         tilt
             Gene → factor of its mean.
+        prior, de_tables
+            ``"silenced"`` starts from 1 UMI in the perturbation's target and in the genes that it silences in other
+            identities, by tables of ``lingshu de``, or those of training (``data.silenced``) when not given.
         steps
             Network evaluations per cell, 1 … number of modelled genes, or ``"auto"``: the fewest that keep to
             ``max_kl``; the run's own when not given.
@@ -219,7 +226,13 @@ class LingshuCell:
             On a condition, schedule, seed or number that is not possible.
         """
         steering = steering_of(
-            self._trained, guidance_scale=guidance_scale, guidance_space=guidance_space, clamp=clamp, tilt=tilt
+            self._trained,
+            guidance_scale=guidance_scale,
+            guidance_space=guidance_space,
+            clamp=clamp,
+            tilt=tilt,
+            prior=prior,
+            de_tables=de_tables,
         )
         return generate(
             self._trained,
@@ -251,7 +264,7 @@ class LingshuCell:
         Parameters
         ----------
         n_cells, settings
-            As in :func:`lingshu_cell.generate.generate_chunks`; guidance and priors as ``steering``.
+            As in :func:`lingshu_cell.generate.plan_cells`; guidance and priors as ``steering``.
         out
             The file to write; it appears when it is whole.
         overwrite
@@ -338,7 +351,17 @@ def run_info(run: Path | str) -> dict[str, Any]:
         If there is no whole checkpoint.
     """
     checkpoint = load_checkpoint(run)
+    with reading(checkpoint):
+        return _facts_of(checkpoint)
+
+
+def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
+    numbers = ("n_parameters", "n_modelled_genes", "n_training_cells", "n_validation_cells")
+    if not all(isinstance(manifest[name], int) for name in numbers):
+        raise ValueError(f"no whole numbers in {', '.join(numbers)}")
+    if not all(isinstance(manifest[name], dict) for name in ("conditions", "versions")):
+        raise ValueError("conditions or versions are no object")
     nelbo, n_modelled = manifest["validation_nelbo_nats_per_cell"], manifest["n_modelled_genes"]
     return {
         "run": str(checkpoint.folder.parent),
@@ -444,7 +467,7 @@ def report(directory: Path | str, *, title: str | None = None) -> Path:
 def _as_file(data: Data, path: Path) -> Path | str:
     """Give data as a file, written to ``path`` where they are in memory."""
     if not isinstance(data, ad.AnnData):
-        return data if isinstance(data, str) and "://" in data else Path(data).expanduser()
+        return data if isinstance(data, str) and "://" in data else expanded(data)
     data.write_h5ad(path)
     return path
 
@@ -452,7 +475,7 @@ def _as_file(data: Data, path: Path) -> Path | str:
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Turn ``{"training.steps": 200}`` into ``{"training": {"steps": 200}}``; nested mappings stay."""
     nested: dict[str, Any] = {}
-    for name, value in settings.items():
+    for name, value in mapping(settings, "Settings", '{"training.steps": 200}').items():
         section, dot, key = name.partition(".")
         values = {key: value} if dot else value
         if isinstance(values, Mapping):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lingshu_cell.data.anndata_io import CountMatrix, read_counts
+from lingshu_cell.data.condition_labels import components_of
 from lingshu_cell.errors import LingshuError, offenders
 
 TARGET_SUM = 1e4
@@ -118,12 +119,9 @@ class Screen:
         return np.mean([self.effect(identity, perturbation) for identity in self.measured_in(perturbation)], axis=0)
 
     def parts(self, label: str, known: set[str]) -> list[str]:
-        """The single perturbations of a combination; the label itself where it is none."""
-        if not self.separator or self.separator not in label:
-            return [label]
-        parts = [part.strip() for part in label.split(self.separator)]
-        parts = [part for part in parts if part != self.control]
-        return parts if parts and all(part in known for part in parts) else [label]
+        """The single perturbations of a combination if all of them are known; otherwise the label itself."""
+        parts = components_of(label, self.separator, self.control)
+        return parts if all(part in known for part in parts) else [label]
 
 
 def read_screen(

@@ -5,6 +5,7 @@ permutation · turn each bucket into a shard · write the manifest, which makes 
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from lingshu_cell.data.store_files import MANIFEST, WORK
 from lingshu_cell.data.store_writer import unfinished_damaged, writing
 from lingshu_cell.data.vocabulary import GeneVocabulary
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded, read_text, refuse_special
 from lingshu_cell.output_files import LOCK, locked, read_checked_json, write_checked_json
 
 CELLS_PER_SHARD = 8_192
@@ -165,7 +167,7 @@ def prepare(
     """
     if cells_per_shard < 1:
         raise LingshuError("A shard must hold cells", f"cells_per_shard is {cells_per_shard}", "Choose e.g. 8192")
-    rules, name_tables, out = rules or QualityRules(), name_tables or NameTables(), Path(out).expanduser()
+    rules, name_tables, out = rules or QualityRules(), name_tables or NameTables(), expanded(out)
     paths = [_existing(path) for path in sources]
     names = data_set_names(paths)
     species = _stated_species(sources, species_of or {})
@@ -234,7 +236,8 @@ def data_set_names(paths: Sequence[Path]) -> tuple[str, ...]:
     LingshuError
         If there is none, or one is given twice.
     """
-    whole = [path.resolve() for path in paths]
+    # A file name may be no Unicode, but the store holds names as text.
+    whole = [Path(os.fspath(path.resolve()).encode("utf-8", "backslashreplace").decode("utf-8")) for path in paths]
     if not whole:
         raise LingshuError("A store needs data", "no file is given", "Name one or more files")
     if repeated := [str(path) for path in dict.fromkeys(whole) if whole.count(path) > 1]:
@@ -270,12 +273,8 @@ def joint_list(text: str) -> str | list[str]:
     """
     if text in ("union", "intersection"):
         return text
-    try:
-        lines = Path(text).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LingshuError(
-            "Genes are joined by union, intersection or a list in a file", f"{text}: {error}", "Check the path"
-        ) from None
+    rule = "Genes are joined by union, intersection or a list in a file"
+    lines = read_text(text, rule, "Check the path").splitlines()
     genes = [line.strip() for line in lines if line.strip()]
     if not genes:
         raise LingshuError("A list of genes must hold genes", f"{text} is empty", "Write one gene per line")
@@ -283,7 +282,8 @@ def joint_list(text: str) -> str | list[str]:
 
 
 def _existing(path: Path | str) -> Path:
-    found = Path(path).expanduser()
+    found = expanded(path)
+    refuse_special(found, "The data file must be readable")
     if not found.exists():
         remedy = "Download it first" if "://" in str(path) else "Check the path"
         raise LingshuError("The data file must exist", f"there is no {path}", remedy)
@@ -291,8 +291,8 @@ def _existing(path: Path | str) -> Path:
 
 
 def _stated_species(sources: Sequence[Path | str], species_of: Mapping[str, str]) -> list[str | None]:
-    given = {str(Path(file).expanduser()): species_name(species) for file, species in species_of.items()}
-    known = [str(Path(path).expanduser()) for path in sources]
+    given = {str(expanded(file)): species_name(species) for file, species in species_of.items()}
+    known = [str(expanded(path)) for path in sources]
     if strange := [file for file in given if file not in known]:
         raise LingshuError(
             "A species is stated for one of the files", f"{offenders(strange)} is none", "Write the path as given"

@@ -11,11 +11,11 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
+from lingshu_cell.arguments import mapping
 from lingshu_cell.conditioning import (
     LEAST_CONTEXT_CELLS,
     Conditioner,
     ContextTable,
-    EffectTable,
     average_profile,
     scaled_rows,
 )
@@ -23,6 +23,7 @@ from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.data.perturbations import check_log_doses
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary, align_genes, apply_alignment
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.expected_effects import with_expected_effects
 
 UNSEEN = ("error", "embedding")
 
@@ -101,7 +102,8 @@ def resolve_request(
     """
     if unseen not in UNSEEN:
         raise LingshuError("The policy for unseen perturbations must exist", f"'{unseen}'", f"Choose {UNSEEN}")
-    condition = {key: str(value) for key, value in condition.items()}
+    condition = mapping(condition, "A condition", '{"cell_type": "B cells"}')
+    condition = {str(key): str(value) for key, value in condition.items()}
     conditioner, notes = _with_label(conditioner, condition, unseen)
     wanted = conditioner.vocabulary.encode(dict(condition), 1)[0]
     profile = None
@@ -111,7 +113,8 @@ def resolve_request(
         rows, probabilities = wanted[None], np.ones(1)
     else:
         rows, probabilities = _matching_rows(conditioner, known_rows, known_counts, wanted, condition)
-    conditioner = _with_effects(conditioner, rows, known_rows, profile, notes)
+    conditioner, of_effects = with_expected_effects(conditioner, rows, known_rows, profile)
+    notes += of_effects
     return Request(
         conditioner,
         rows,
@@ -128,7 +131,7 @@ def _with_label(conditioner: Conditioner, condition: dict[str, str], unseen: str
     """
     key = conditioner.perturbation_key
     label = condition.get(key) if key else None
-    if label is None or label in conditioner.vocabulary.fields[key]:
+    if label is None or conditioner.as_category or label in conditioner.vocabulary.fields[key]:
         return conditioner, []
     parts = conditioner.perturbations.parts(label)
     for known in conditioner.vocabulary.fields[key]:
@@ -226,36 +229,6 @@ def _with_context(
     return replace(conditioner, contexts=extended), np.asarray(counts[:, modelled].sum(0)).ravel()
 
 
-def _with_effects(
-    conditioner: Conditioner,
-    rows: np.ndarray,
-    known_rows: np.ndarray,
-    profile: np.ndarray | None,
-    notes: list[str],
-) -> Conditioner:
-    """Add the effects expected of rows that no training cell has."""
-    if conditioner.effects is None or conditioner.prior is None:
-        return conditioner
-    table, known = conditioner.effects, {tuple(row) for row in known_rows.tolist()}
-    effects, added = [], []
-    for row in rows:
-        if tuple(row.tolist()) in known or not conditioner.is_perturbed(row[None])[0]:
-            continue
-        predicted = conditioner.predict_effect(row, profile)
-        if not predicted.found:
-            notes.append("no effect to expect: neither other identities nor embeddings tell of it")
-            continue
-        notes.append(f"expected effect from {predicted.source}; confidence {predicted.confidence:.2f}")
-        effects.append(predicted.delta)
-        added.append(row)
-    if not added:
-        return conditioner
-    extended = EffectTable(
-        np.concatenate([table.effect_KG, np.stack(effects)]), np.concatenate([table.condition_KC, np.stack(added)])
-    )
-    return replace(conditioner, effects=extended)
-
-
 def _matching_rows(
     conditioner: Conditioner,
     known_rows: np.ndarray,
@@ -305,8 +278,8 @@ def _log_depth(conditioner: Conditioner, depth: float | str | None) -> float | N
 
 
 def describe_request(request: Request) -> dict[str, Any]:
-    """Give what was asked for as text and numbers, for ``uns``."""
-    described: dict[str, Any] = {"notes": list(request.notes)}
+    """Give dose and depth asked for as text and numbers, for ``uns``."""
+    described: dict[str, Any] = {}
     if request.standard_dose is not None:
         described["standard_log_dose"] = request.standard_dose
     if request.log_depth is not None:

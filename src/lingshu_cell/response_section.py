@@ -1,6 +1,5 @@
 """The part of a report about perturbation responses: what an evaluation and its DE tables give pictures of."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import read_json, refuse_special
 from lingshu_cell.metrics.differential import README_NAME, SIGNIFICANT, DifferentialTables, read_differential
 from lingshu_cell.output_files import writable, write_text
 from lingshu_cell.response_figures import (
@@ -29,6 +29,7 @@ _TITLES = {
     "mae_delta": "mean absolute error of the change from control",
     "e_distance": "energy distance",
 }
+_AGAIN = "Run lingshu evaluate with --perturbation-key and give its folder"
 _LOWER_IS_BETTER = ("mae_log1p", "mae_delta", "e_distance")
 
 
@@ -131,11 +132,13 @@ def read_responses(folder: Path) -> tuple[pd.DataFrame, dict]:
     """
     folder = Path(folder)
     try:
+        record = read_json(folder / "responses.json", "An evaluation of responses must be whole", _AGAIN)
+        refuse_special(folder / "conditions.csv", "conditions.csv must be a table")
         table = pd.read_csv(folder / "conditions.csv", dtype={"identity": str, "perturbation": str})
-        record = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
+    except LingshuError:
+        raise
     except (OSError, ValueError) as error:
-        remedy = "Run lingshu evaluate with --perturbation-key and give its folder"
-        raise LingshuError("An evaluation of responses must be whole", f"{folder}: {error}", remedy) from error
+        raise LingshuError("An evaluation of responses must be whole", f"{folder}: {error}", _AGAIN) from error
     missing = [name for name in ("identity", "perturbation") if name not in table]
     if missing:
         raise LingshuError(

@@ -7,10 +7,11 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 
-from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.checkpoint import load_checkpoint, reading
 from lingshu_cell.config import Config, load_config
 from lingshu_cell.data.anndata_io import read_obs
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.input_files import expanded
 
 AUTOMATIC = "auto"
 """Condition on ``cell_type`` where every cell of every data set has one."""
@@ -63,8 +64,10 @@ def run_config(
     if condition_keys != AUTOMATIC:
         chosen = (condition_keys,) if isinstance(condition_keys, str) else tuple(condition_keys or ())
         overrides["data"] = {**overrides.get("data", {}), "condition_keys": chosen}
-    if resume and run.expanduser().is_dir():
-        saved = load_checkpoint(run).manifest["config"]
+    if resume and expanded(run).is_dir():
+        checkpoint = load_checkpoint(run)
+        with reading(checkpoint):
+            saved = Config.model_validate(checkpoint.manifest["config"]).model_dump(mode="json")
         if preset not in (None, saved["preset"]):
             raise LingshuError(
                 "A resumed run keeps its preset", f"it has '{saved['preset']}', not '{preset}'", "Leave --preset out"

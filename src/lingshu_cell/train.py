@@ -4,44 +4,52 @@ Shapes: N cells, B cells of a minibatch, G genes.
 """
 
 import contextlib
-import json
 import math
-import platform
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lingshu_cell.checkpoint import is_unfinished, load_checkpoint, save_checkpoint, sweep
+from lingshu_cell.checkpoint import is_unfinished, sweep
 from lingshu_cell.conditioning import build_conditioner, standard_doses
-from lingshu_cell.config import Config, DataConfig, TrainingConfig
+from lingshu_cell.config import Config, DataConfig
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import TrainingSet, assemble, balanced_probabilities, minibatch_cells
 from lingshu_cell.diffusion.information import InformationCurve, knots, measure_curve
-from lingshu_cell.diffusion.loss import nelbo_estimate, validation_nelbo
+from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.diffusion.noising import MaskLaw
 from lingshu_cell.ema import PowerEma
-from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.engine.gradients import Gradients
+from lingshu_cell.engine.minibatch import Share, StepDraws, first_rows, parts_of
+from lingshu_cell.engine.optimiser import build_optimiser, clip, learning_rate
+from lingshu_cell.engine.processes import World, pick_device, processes
+from lingshu_cell.engine.run_state import describe, restore, save
+from lingshu_cell.engine.sharding import HeldNetwork
+from lingshu_cell.engine.stopping import Losses, stop_signals
+from lingshu_cell.errors import LingshuError
 from lingshu_cell.history import History, lock_run
+from lingshu_cell.input_files import expanded
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
-from lingshu_cell.output_files import writable, write_text
+from lingshu_cell.output_files import LOCK, draft_of, writable, write_text
+from lingshu_cell.silenced import SILENCED_FILE, keep_silenced
+from lingshu_cell.validation_conditions import FILE as CONDITIONS_FILE
+from lingshu_cell.validation_conditions import ValidationConditions
 
-LICENCE = "BSD-3-Clause code; the weights carry the licence of the data they were trained on"
+__all__ = ["Progress", "TrainingResult", "learning_rate", "pick_device", "train"]
+
 _VALIDATION_CELLS = 512
 _VALIDATION_MASKS = 4
 _CELL_VISITS_PER_CURVE_CELL = 400  # so that the information curve costs a few percent of training
 _LEAST_CURVE_CELLS = 16
-_DIVERGED = 3.0  # times the first loss
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 40, 300, 4_000
 
 
@@ -77,8 +85,11 @@ def train(
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_note: Callable[[str], None] = lambda note: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainingResult:
     """Train a model on one or several data sets and write it to a run folder.
+
+    Started by torchrun in several processes, all of them call this with the same arguments; see docs/distributed.md.
 
     Parameters
     ----------
@@ -89,11 +100,14 @@ def train(
     config
         All settings.
     resume
-        Go on from the newest checkpoint; on CPU the result is bit for bit that of an undisturbed run.
+        Go on from the newest checkpoint; on CPU the result of one process is bit for bit that of an undisturbed run.
     on_progress
-        Called after every optimiser step.
+        Called after every optimiser step, in the first process.
     on_note
-        Called with what a user should read: genes not modelled, coverage, device.
+        Called with what a user should read, in the first process: genes not modelled, coverage, device.
+    clock
+        Gives the seconds that ``training.max_seconds`` and speeds count; ``time.process_time`` counts this process
+        alone, however busy the machine is.
 
     Returns
     -------
@@ -105,77 +119,96 @@ def train(
     LingshuError
         For unusable data or settings, an output that exists, or a loss that is no longer finite.
     """
-    run = Path(out).expanduser()
-    _check_output(run, resume)
-    try:
-        data_sets = [read_counts(source, config.data.layer, _label_keys(config.data)) for source in sources]
-        cells = assemble(data_sets, **config.data.assembly())
-    except LingshuError:
-        with contextlib.suppress(OSError):
-            run.rmdir()  # only if it is empty: refused data leave nothing behind
-        raise
-    config = _with_steps(config, len(cells.train))
-    for note in cells.notes:
-        on_note(note)
-    with lock_run(run):
-        _check_output(run, resume)  # once more: another process may have trained here while we read the data
-        sweep(run)
-        return _Trainer(run, config, cells, resume).run_all(on_progress, on_note)
+    run = expanded(out)
+    device = pick_device(config.training.device)
+    with processes(device) as world:
+        world.agreed(lambda: _check_output(run, resume), only_first=True)
+        try:
+            cells = world.agreed(lambda: _read(sources, config))
+        except LingshuError:
+            if world.is_first:
+                with contextlib.suppress(OSError):
+                    run.rmdir()  # only if it is empty: refused data leave nothing behind
+            raise
+        config = _with_steps(config, len(cells.train))
+        world.agreed(lambda: _check_sizes(config, world))
+        if world.is_first:
+            for note in cells.notes:
+                on_note(note)
+        else:
+            on_progress = on_note = _say_nothing
+        with contextlib.ExitStack() as held:
+
+            def hold() -> None:
+                held.enter_context(lock_run(run))
+                _check_output(run, resume)  # once more: another run may have trained here while we read the data
+                sweep(run)
+
+            world.agreed(hold, only_first=True)
+            return _Trainer(run, config, cells, resume, device, world, on_note).run_all(on_progress, clock)
 
 
 class _Trainer:
     """The state of one run: weights, averages, optimiser, step."""
 
-    def __init__(self, run: Path, config: Config, cells: TrainingSet, resume: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        cells: TrainingSet,
+        resume: bool,
+        device: torch.device,
+        world: World,
+        on_note: Callable[[str], None],
+    ) -> None:
         self.run, self.config, self.cells = run, config, cells
         self.settings = settings = config.training
-        self.device = pick_device(settings.device)
-        midpoints = torch.from_numpy(token_midpoints())
-        self.conditioner = build_conditioner(cells, config)
+        self.device, self.world = device, world
+        self.on_note = on_note
+        self.conditioner = world.agreed(lambda: build_conditioner(cells, config))
         self.dose_N = standard_doses(cells, self.conditioner)
         rows_NC = cells.condition_NC[cells.train]
         self.probabilities = balanced_probabilities(rows_NC, settings.balance) if settings.balance else None
-        network = build_denoiser(config.network, len(cells.modelled), self.conditioner.sizes, midpoints, settings.seed)
-        if hasattr(network, "start_at_frequencies") and not resume:
-            network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
-            if network.depth is not None:
-                log_library = np.log(np.maximum(cells.library[cells.train], 1))
-                network.depth.start_at(float(log_library.mean()), float(log_library.std()))
-        self.network = network.to(self.device)
-        self.parameters = dict(self.network.named_parameters())
-        self.averages = [PowerEma(sigma, self.parameters) for sigma in settings.ema_sigma_rel]
-        self.optimiser = _optimiser(self.parameters, settings)
+        self.held = HeldNetwork(self._network(at_frequencies=not resume), world, settings.sharding)
+        self.averages = [PowerEma(sigma, self.held.parts) for sigma in settings.ema_sigma_rel]
+        self.optimiser = build_optimiser(self.held.parts, settings)
+        self.gradients = Gradients(self.held, world, settings, self._autocast, on_note)
         self.law = MaskLaw(0.5 if settings.masking == "log-uniform" else 0.0, settings.weight_power)
         self.step, self.saved_step = 0, None
         self.seconds = 0.0  # spent training, earlier parts of a resumed run counted in
         self.best_known: float | None = None
         self.curve: InformationCurve | None = None
-        self.first_loss: float | None = None
-        self.smooth_loss: float | None = None
-        if resume:
-            self._restore()
-        self.history = History(run, self.step, settings.tensorboard)
+        self.losses = Losses()
+        self.conditions: ValidationConditions | None = None
+        self.silenced_sha256: str | None = None
+        best = world.agreed(self._restore) if resume else None
+        self.conditions = self._validation_conditions()
+        if self.conditions is not None:
+            if best is not None:
+                self.conditions.best, self.conditions.best_step = best["condition_explained"], best["step"]
+            begin = partial(self.conditions.begin, run, self.step, best, settings.keep_best)
+            world.agreed(begin, only_first=True)
+        self.history = world.agreed(lambda: History(run, self.step, settings.tensorboard), only_first=True)
 
-    def run_all(self, on_progress: Callable[[Progress], None], on_note: Callable[[str], None]) -> TrainingResult:
+    def run_all(self, on_progress: Callable[[Progress], None], clock: Callable[[], float]) -> TrainingResult:
         """Train to the last step, or until asked to stop."""
-        settings = self.settings
-        n_parameters = sum(p.numel() for p in self.parameters.values())
-        on_note(
-            f"{self.config.preset}: {n_parameters / 1e6:.1f} M parameters on {self.device}, "
-            f"{len(self.cells.train):,} training cells"
+        settings, world = self.settings, self.world
+        self.on_note(
+            f"{self.config.preset}: {self.held.n_parameters / 1e6:.1f} M parameters on {self.device}, "
+            f"{len(self.cells.train):,} training cells" + ("" if world.size == 1 else f", {world.size} processes")
         )
-        with writable("The run folder must be writable", self.run, "Free some space, then go on with --resume"):
-            write_text(self.run / "config.json", self.config.model_dump_json(indent=1))
-        started, first_step, seconds_before = time.monotonic(), self.step, self.seconds
-        with _stop_signals() as stop_asked, contextlib.closing(self.history):
-            while not self._finished() and not stop_asked():
-                gradient_norm = self._optimise()
-                seconds = time.monotonic() - started
+        world.agreed(self._describe, only_first=True)
+        started, first_step, seconds_before = clock(), self.step, self.seconds
+        asked = False
+        history = contextlib.closing(self.history) if self.history else contextlib.nullcontext()
+        with stop_signals(world.size > 1) as stop_asked, history:
+            while not self._finished() and not asked:
+                gradient_norm, asked, seconds = self._optimise(stop_asked, lambda: clock() - started)
                 self.seconds = seconds_before + seconds
-                if self.step % settings.validate_every == 0 or self._finished():
-                    self._validate(gradient_norm, seconds)
                 if self._finished():
                     self._measure_curve()
+                if self.step % settings.validate_every == 0 or self._finished():
+                    self._validate(gradient_norm, seconds)
                 if self.step % settings.checkpoint_every == 0:
                     self._save()
                 speed = (self.step - first_step) / max(seconds, 1e-9)
@@ -184,13 +217,34 @@ class _Trainer:
                     left = min(left, max(settings.max_seconds - self.seconds, 0.0))
                 cells_per_second = speed * settings.minibatch_size
                 on_progress(
-                    Progress(self.step, settings.steps, self.smooth_loss, self.best_known, cells_per_second, left)
+                    Progress(self.step, settings.steps, self.losses.smooth, self.best_known, cells_per_second, left)
                 )
+                asked = asked or (world.size == 1 and stop_asked())
             if self.step != self.saved_step:
                 self._save()
         return TrainingResult(
             self.run, self.step, settings.steps, self.best_known, not self._finished(), self.cells.notes
         )
+
+    def _describe(self) -> None:
+        """Leave in the run folder what is known before the first step."""
+        if self.config.data.silenced:
+            names, data = self.conditioner.identity_names(self.cells.condition_NC), self.config.data
+            self.silenced_sha256 = keep_silenced(self.run, self.cells, names, data, self.silenced_sha256)
+        with writable("The run folder must be writable", self.run, "Free some space, then go on with --resume"):
+            write_text(self.run / "config.json", self.config.model_dump_json(indent=1))
+
+    def _network(self, at_frequencies: bool) -> torch.nn.Module:
+        cells, midpoints = self.cells, torch.from_numpy(token_midpoints())
+        network = build_denoiser(
+            self.config.network, len(cells.modelled), self.conditioner.sizes, midpoints, self.settings.seed
+        )
+        if at_frequencies and hasattr(network, "start_at_frequencies"):
+            network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
+            if network.depth is not None:
+                log_library = np.log(np.maximum(cells.library[cells.train], 1))
+                network.depth.start_at(float(log_library.mean()), float(log_library.std()))
+        return network.to(self.device)
 
     def _finished(self) -> bool:
         return self.step >= self.settings.steps or self._share_of_time() >= 1
@@ -199,101 +253,109 @@ class _Trainer:
         """Share of ``max_seconds`` that is spent; 0 where there is no such limit."""
         return 0.0 if self.settings.max_seconds is None else self.seconds / self.settings.max_seconds
 
-    def _optimise(self) -> float:
-        """One optimiser step; gives the gradient norm."""
-        settings, cells = self.settings, self.cells
-        chosen = minibatch_cells(cells.train, settings.minibatch_size, self.step, settings.seed, self.probabilities)
-        generator = torch.Generator(self.device).manual_seed(_step_seed(settings.seed, self.step))
-        torch.manual_seed(_step_seed(settings.seed, self.step))  # dropout draws from the global state
-        x_0_BG, conditions = self._on_device(chosen, np.random.default_rng(_step_seed(settings.seed, self.step)))
-        conditions = self._with_dropout(conditions, generator)
+    def _optimise(self, stop_asked: Callable[[], bool], elapsed: Callable[[], float]) -> tuple[float, bool, float]:
+        """One optimiser step; gives the gradient norm, and what the processes agree on: whether one was asked to stop,
+        and the first one's seconds since the start.
+        """
+        settings = self.settings
+        share = self._share()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, settings, self._share_of_time())
-        self.network.train()
-        with self._autocast():
-            nelbo_B = nelbo_estimate(self.network, x_0_BG, conditions, self.law, generator)
-        loss = nelbo_B.mean()
-        self.optimiser.zero_grad(set_to_none=True)
-        (loss / x_0_BG.shape[1]).backward()  # nats per gene: gradients do not grow with the gene list
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip_norm)
-        self._take_in(loss.item(), float(norm))
+        self.held.network.train()
+        nats = self.gradients.make(share)
+        norm = clip(self.held.parts, settings.clip_norm, self.held.total_square)
+        now = elapsed() if self.world.is_first else 0.0
+        nats, asked, seconds = self.world.sums([nats, float(stop_asked()), now])
+        self.losses.take_in(nats / settings.minibatch_size, norm, self.step + 1, self.saved_step)
         self.optimiser.step()
+        self.held.forget_gradients()
         self.step += 1
         if self.step % settings.ema_every == 0:
             for average in self.averages:
-                average.update(self.parameters, self.step, settings.ema_every)
-        return float(norm)
+                average.update(self.held.parts, self.step, settings.ema_every)
+        return norm, asked > 0, seconds
 
-    def _with_dropout(self, conditions: Conditions, generator: torch.Generator) -> Conditions:
-        """Forget all conditions of some cells, so that each may be left open; the identity labels of others, so that
-        their context alone must tell; the library size of others; and of all cells, at first, the perturbation.
-        """
-        settings, n = self.settings, len(conditions)
+    def _share(self) -> Share:
+        """This process's cells of the step."""
+        settings, cells = self.settings, self.cells
+        n, g = settings.minibatch_size, len(cells.modelled)
+        draws = StepDraws.of(self.step, n, g, self.law, settings.seed, self.device)
+        mine = self.world.share(n)
+        chosen = minibatch_cells(cells.train, n, self.step, settings.seed, self.probabilities)[mine]
+        x_0_BG, conditions = self._on_device(chosen, draws.context_uniforms(mine))
+        progress = max(self.step / settings.steps, self._share_of_time())
+        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings, progress), draws)
 
-        def kept(share: float) -> Tensor:
-            return torch.rand(n, 1, generator=generator, device=self.device)[:, 0] >= share
-
-        conditions = conditions.only(kept(settings.condition_dropout))
-        at_rest = max(self.step / settings.steps, self._share_of_time()) < settings.rest_share
-        if at_rest and conditions.perturbation_BP is not None:
-            conditions = conditions.without_perturbation(torch.zeros(n, dtype=torch.bool, device=self.device))
-        if conditions.context is not None:
-            conditions = conditions.without_categories(kept(settings.identity_dropout) | ~conditions.context.known())
-        if conditions.depth_B is not None:
-            conditions = conditions.without_depth(kept(settings.depth_dropout))
-        return conditions
-
-    def _take_in(self, loss: float, norm: float) -> None:
-        """Smooth the loss and stop on NaN or divergence; one loss alone may be huge, as 1/t has no finite variance."""
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.smooth_loss = loss if self.smooth_loss is None else 0.98 * self.smooth_loss + 0.02 * loss
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite and self.smooth_loss < _DIVERGED * max(self.first_loss, 1.0):
-            return
-        step = self.saved_step
-        saved = "No checkpoint was saved" if step is None else f"The checkpoint of step {step} is whole"
-        raise LingshuError(
-            "Training must stay finite",
-            f"at step {self.step + 1} the loss is {loss:.4g} nats per cell and the gradient norm {norm:.4g}",
-            f"{saved}; lower training.peak_learning_rate and start again",
-        )
-
-    @torch.no_grad()
     def _validate(self, gradient_norm: float, seconds: float) -> None:
         """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
         nelbo = None
         if len(self.cells.validation):
-            nelbo = float(np.mean(self._validation_nelbo()))
-            self.best_known = nelbo
+            nelbo = self.best_known = self._validation_nelbo()
+        of_conditions, is_best = self._measure_conditions()
+        if self.history is not None:
+            self._note_down(nelbo, gradient_norm, seconds, of_conditions)
+        if is_best and self.settings.keep_best:
+            self._save()
+            if self.world.is_first:
+                self.conditions.keep(self.run)
+
+    def _note_down(
+        self, nelbo: float | None, gradient_norm: float, seconds: float, of_conditions: dict[str, float]
+    ) -> None:
         g = len(self.cells.modelled)
         self.history.add(
             step=self.step,
-            loss=self.smooth_loss,
+            loss=self.losses.smooth,
             validation_nelbo=nelbo,
             bits_per_gene=None if nelbo is None else nelbo / g / math.log(2),
             learning_rate=self.optimiser.param_groups[0]["lr"],
             gradient_norm=gradient_norm,
             seconds=seconds,
+            **of_conditions,
         )
 
-    def _validation_nelbo(self) -> list[float]:
+    def _validation_conditions(self) -> ValidationConditions | None:
+        """Find the validation conditions; a network in parts has no whole answer to measure them by."""
+        if self.settings.sharding == "full":
+            return None
+        return ValidationConditions.of(self.cells, self.conditioner, self.dose_N)
+
+    def _measure_conditions(self) -> tuple[dict[str, float], bool]:
+        """Columns of validation conditions, and whether this step foretells them best; nothing where there are none."""
+        if self.conditions is None:
+            return {}, False
+        with self.held.with_parts(self.averages[0].weights), self._autocast():
+            scores = self.conditions.measure(self.held.network, self.device)
+        if self.world.is_first:
+            self.conditions.write(self.step, scores)
+        return self.conditions.take_in(self.step, scores)
+
+    def _validation_nelbo(self) -> float:
+        """Mean over the held-out cells, of which each process computes its share."""
         generator = torch.Generator(self.device).manual_seed(0)
-        nelbo: list[float] = []
-        with self._averaged_weights(), self._autocast():
+        nats, n_cells = 0.0, 0
+        with self.held.with_parts(self.averages[0].weights), self._autocast():
             for x_0_BG, conditions in self._held_out(_VALIDATION_CELLS):
-                nelbo += validation_nelbo(self.network, x_0_BG, conditions, generator, _VALIDATION_MASKS).tolist()
-        return nelbo
+                mine = self.world.share(len(x_0_BG))
+                n_parts = -(-self.world.largest_share(len(x_0_BG)) // self.gradients.most_cells)
+                rows = first_rows(parts := parts_of(mine, n_parts))
+                nelbo = validation_nelbo(self.held.denoise, x_0_BG, conditions, generator, _VALIDATION_MASKS, rows)
+                by_part = nelbo.double().split([one.stop - one.start for one in rows])
+                nats += sum(float(one.sum()) for one, p, r in zip(by_part, parts, rows, strict=True) if p == r)
+                n_cells += len(x_0_BG)
+        return self.world.sums([nats])[0] / n_cells
 
     def _measure_curve(self) -> None:
-        """Measure the information curve on held-out cells, for the schedules of generation."""
+        """Measure the information curve on held-out cells, for the schedules of generation; each process all of it."""
         affordable = self.step * self.settings.minibatch_size // _CELL_VISITS_PER_CURVE_CELL
         n_cells = min(max(affordable, _LEAST_CURVE_CELLS), _VALIDATION_CELLS)
         if not len(self.cells.validation):
             return
         generator = torch.Generator(self.device).manual_seed(1)
         visible = knots(len(self.cells.modelled))
-        with self._averaged_weights(), self._autocast():
-            self.curve = measure_curve(self.network, self._held_out(n_cells), visible, generator)
+        with self.held.with_parts(self.averages[0].weights), self._autocast():
+            cells, most = self._held_out(n_cells), self.gradients.most_cells
+            self.curve = measure_curve(self.held.denoise, cells, visible, generator, most)
 
     def _held_out(self, n_cells: int) -> Iterator[tuple[Tensor, Conditions]]:
         """At most ``n_cells`` validation cells, spread over all data sets and cell types, whatever their order."""
@@ -301,23 +363,15 @@ class _Trainer:
         for piece in np.array_split(cells, -(-len(cells) // self.settings.minibatch_size)):
             yield self._on_device(piece)
 
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Put the first average in the place of the weights while the block runs."""
-        swap_in = {name: p.detach().clone() for name, p in self.parameters.items()}
-        _copy(self.averages[0].weights, self.parameters)
-        self.network.eval()
-        yield
-        _copy(swap_in, self.parameters)
-
-    def _on_device(self, cells: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Conditions]:
-        """Tokens and conditions of some cells; with ``rng`` as in training: random contexts, and their library size."""
+    def _on_device(self, cells: np.ndarray, context_uniform_B: np.ndarray | None = None) -> tuple[Tensor, Conditions]:
+        """Tokens and conditions of some cells; with uniforms as in training: random contexts, and library sizes."""
         x_0_BG = torch.from_numpy(self.cells.dense_tokens(cells)).to(self.device)
+        in_training = context_uniform_B is not None
         conditions = self.conditioner.conditions(
             self.cells.condition_NC[cells],
             dose_N=None if self.dose_N is None else self.dose_N[cells],
-            log_depth_N=None if rng is None else np.log(np.maximum(self.cells.library[cells], 1)),
-            rng=rng,
+            log_depth_N=np.log(np.maximum(self.cells.library[cells], 1)) if in_training else None,
+            context_uniform_N=context_uniform_B,
         )
         return x_0_BG, conditions.to(self.device)
 
@@ -325,65 +379,49 @@ class _Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _save(self) -> None:
-        buffers = {name: b for name, b in self.network.state_dict().items() if name not in self.parameters}
-        rows, row_counts = self.cells.condition_frequencies()
-        rare = self.cells.rare
-        tensors = {
-            "weights": self.parameters,
-            "buffers": buffers or {"none": torch.zeros(0)},
-            **{f"ema_{ema.sigma_rel:.2f}": ema.weights for ema in self.averages},
-            "optimizer": _optimiser_tensors(self.optimiser, self.parameters),
-            "data": {
-                "modelled": torch.from_numpy(self.cells.modelled),
-                "rare_gene": torch.from_numpy(rare.gene),
-                "rare_count": torch.from_numpy(rare.count),
-                "condition_rows": torch.from_numpy(rows),
-                "condition_row_counts": torch.from_numpy(row_counts),
-            },
-            "conditioning": self.conditioner.to_tensors() or {"none": torch.zeros(0)},
-        }
-        save_checkpoint(self.run, self.step, tensors, self._manifest())
+        save(
+            self.run,
+            self.world,
+            self.held,
+            self.averages,
+            self.optimiser,
+            (self.cells, self.conditioner),
+            self._manifest(),
+        )
         self.saved_step = self.step
 
     def _manifest(self) -> dict[str, Any]:
-        cells = self.cells
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "genes": cells.vocabulary.to_json(),
-            "n_modelled_genes": len(cells.modelled),
-            "conditions": cells.conditions.to_json(),
-            "conditioning": self.conditioner.to_json(),
-            "n_training_cells": len(cells.train),
-            "n_validation_cells": len(cells.validation),
-            "data_fingerprints": list(cells.fingerprints),
-            "notes": list(cells.notes),
+        return describe(self.config, self.cells, self.conditioner, self.held.n_parameters) | {
             "step": self.step,
             # Only a run with a time limit needs it; all others are the same files whenever they are repeated.
             "seconds": None if self.settings.max_seconds is None else self.seconds,
             "finished": self._finished(),
-            "first_loss": self.first_loss,
-            "smooth_loss": self.smooth_loss,
+            "first_loss": self.losses.first,
+            "smooth_loss": self.losses.smooth,
             "validation_nelbo_nats_per_cell": self.best_known,
+            "best": None if self.conditions is None else self.conditions.best_so_far(),
+            "silenced_sha256": self.silenced_sha256,
             "information_curve": None if self.curve is None else self.curve.to_json(),
-            "n_parameters": sum(p.numel() for p in self.parameters.values()),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("lingshu-cell", "torch", "numpy", "anndata")},
-            "licence": LICENCE,
         }
 
-    def _restore(self) -> None:
-        checkpoint = load_checkpoint(self.run)
-        manifest = checkpoint.manifest
-        _check_same(manifest, self._manifest())
-        _copy(checkpoint.tensors("weights"), self.parameters)
-        self.network.load_state_dict(checkpoint.tensors("buffers"), strict=False)
-        for average in self.averages:
-            _copy(checkpoint.tensors(f"ema_{average.sigma_rel:.2f}"), average.weights)
-        _restore_optimiser(self.optimiser, self.parameters, checkpoint.tensors("optimizer"))
-        self.step = self.saved_step = checkpoint.step
+    def _restore(self) -> dict[str, Any] | None:
+        """Take back the newest checkpoint; gives the best step so far and its score."""
+        manifest = restore(self.run, self.held, self.averages, self.optimiser, self._manifest())
+        self.step = self.saved_step = manifest["step"]
         self.best_known = manifest["validation_nelbo_nats_per_cell"]
-        self.first_loss, self.smooth_loss = manifest["first_loss"], manifest["smooth_loss"]
+        self.losses = Losses(manifest["first_loss"], manifest["smooth_loss"])
         self.seconds = manifest["seconds"] or 0.0
+        self.silenced_sha256 = manifest.get("silenced_sha256")
+        return manifest.get("best")
+
+
+def _say_nothing(anything: object) -> None:
+    """Other processes than the first do not report."""
+
+
+def _read(sources: Sequence[Path | str | ad.AnnData], config: Config) -> TrainingSet:
+    data_sets = [read_counts(source, config.data.layer, _label_keys(config.data)) for source in sources]
+    return assemble(data_sets, **config.data.assembly())
 
 
 def _label_keys(data: DataConfig) -> list[str]:
@@ -400,77 +438,21 @@ def _with_steps(config: Config, n_training_cells: int) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
 
 
-def learning_rate(step: int, settings: TrainingConfig, share_of_time: float = 0.0) -> float:
-    """Learning rate of optimiser step 0, 1, …: linear warm-up, then a cosine from the peak to the final rate.
-
-    The cosine follows the share of the steps that is done or, if that is further on, the share of ``max_seconds``.
-    """
-    if step < settings.warmup_steps:
-        return settings.peak_learning_rate * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    cosine = (1 + math.cos(math.pi * min(max(share, share_of_time), 1.0))) / 2
-    return settings.final_learning_rate + (settings.peak_learning_rate - settings.final_learning_rate) * cosine
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device; ``auto`` takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
-    except RuntimeError:
-        usable = False
-    if not usable:
+def _check_sizes(config: Config, world: World) -> None:
+    if world.size > config.training.minibatch_size:
         raise LingshuError(
-            "The device must be usable", f"'{name}'", "Choose auto, cpu, or cuda on a machine with a GPU"
+            "Every process needs cells of the minibatch",
+            f"{config.training.minibatch_size} cells, {world.size} processes",
+            "Start fewer processes, or raise training.minibatch_size",
         )
-    return device
-
-
-def _optimiser(parameters: dict[str, nn.Parameter], settings: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves biases and norms alone."""
-    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and "bias" not in name]
-    others = [p for name, p in parameters.items() if p.dim() < 2 or "bias" in name]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=settings.peak_learning_rate, betas=settings.betas, fused=True
-    )
-
-
-def _optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimiser.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimiser(
-    optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
-    for full_name, value in tensors.items():
-        name, key = full_name.rsplit("/", 1)
-        place = value if key == "step" else value.to(parameters[name].device)
-        optimiser.state[parameters[name]][key] = place
-
-
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    for name, value in target.items():
-        value.copy_(source[name])
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """A seed for each optimiser step, so that a resumed run draws the masks an undisturbed one would."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _check_output(run: Path, resume: bool) -> None:
     if resume and not run.is_dir():
         raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
     # A run that ended before its first checkpoint leaves only these; starting again over them loses nothing.
-    bare = {".lock", "config.json", "history.csv", "tensorboard", ".config.json.tmp", ".history.csv.tmp"}
+    files = ("config.json", "history.csv", CONDITIONS_FILE, SILENCED_FILE)
+    bare = {LOCK, "tensorboard", *files, *map(draft_of, files)}
     names = [p.name for p in run.iterdir()] if run.is_dir() else []
     taken = any(name not in bare and not is_unfinished(name) for name in names)
     if not resume and run.exists() and (not run.is_dir() or taken):
@@ -479,44 +461,3 @@ def _check_output(run: Path, resume: bool) -> None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LingshuError("The run folder must be writable", f"{run}: {error}", "Change --out") from None
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """A resumed run must see the same data under the same settings; only where and how often it reports may change."""
-    free = {"device", "tensorboard", "checkpoint_every"}
-    settings = [{k: v for k, v in m["config"]["training"].items() if k not in free} for m in (old, new)]
-    changed = [f"training.{k}" for k in settings[0] if settings[0][k] != settings[1].get(k)]
-    changed += [s for s in ("data", "network") if old["config"][s] != new["config"][s]]
-    changed += ["the data"] if old["data_fingerprints"] != new["data_fingerprints"] else []
-    read = ("n_training_cells", "n_validation_cells", "conditions", "conditioning")
-    changed += ["files that the settings name, e.g. the split"] if not changed and _differ(old, new, read) else []
-    if changed:
-        raise LingshuError(
-            "A resumed run needs the data and settings it began with",
-            f"changed: {offenders(changed)}",
-            "Pass the same ones, or train anew into another folder",
-        )
-
-
-def _differ(old: dict[str, Any], new: dict[str, Any], keys: Sequence[str]) -> bool:
-    return any(json.dumps(old.get(key)) != json.dumps(new[key]) for key in keys)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after this step; a second one stops at once."""
-    asked: list[int] = []
-    handlers: dict[int, Any] = {}
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        signal.signal(number, handlers[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-            handlers[number] = signal.signal(number, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -59,6 +59,19 @@ def generate(
         list[str] | None,
         typer.Option(metavar="GENE=FACTOR|FILE.csv", help="Multiply the mean of a gene, or of all in a file."),
     ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="silenced",
+            help="Start from 1 UMI in the perturbation's target and in all genes that it silences in other identities.",
+        ),
+    ] = None,
+    de_tables: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DE|TABLE.csv", help="What --prior goes by: of lingshu de; those of training if not given."
+        ),
+    ] = None,
     steps: Steps = None,
     schedule: Annotated[
         str | None,
@@ -81,36 +94,51 @@ def generate(
 
     Writes integer counts of every gene (AnnData, CSR), labels and seeds in obs, and what made them in uns.
     """
-    from lingshu_cell.generate import generate_file, load_model, provenance, request_of, steering_of
+    from lingshu_cell.generate import load_model, plan_cells, steering_of, write_cells
     from lingshu_cell.train import pick_device
 
     model = load_model(run, pick_device(device))
     wanted = _conditions(condition or ())
-    plan = {"steps": read_steps(steps), "schedule": schedule, "max_kl": max_kl}
-    asked = {"dose": dose, "depth": depth, "context": context, "unseen": unseen}
     steering = steering_of(
         model,
         guidance_scale=guidance_scale,
         guidance_space=guidance_space,
         clamp=_amounts(clamp or (), "clamp", int),
         tilt=_tilts(tilt or (), model.genes),
+        prior=prior,
+        de_tables=de_tables,
     )
-    chosen = {**plan, **asked, "steering": steering, "seed": seed, "minibatch_size": minibatch_size}
-    for note in request_of(model, wanted, **asked).notes:
+    plan = plan_cells(
+        model,
+        n,
+        condition=wanted,
+        dose=dose,
+        depth=depth,
+        context=context,
+        unseen=unseen,
+        steering=steering,
+        steps=read_steps(steps),
+        schedule=schedule,
+        max_kl=max_kl,
+        seed=seed,
+        minibatch_size=minibatch_size,
+    )
+    for note in plan.notes:
         say(note)
     started = time.monotonic()
     with cells_bar(n) as show:
-        written = generate_file(model, n, out, overwrite=overwrite, on_progress=show, condition=wanted, **chosen)
+        written = write_cells(model, plan, out, overwrite=overwrite, on_progress=show)
     seconds = time.monotonic() - started
     if json:
-        used = provenance(model, n, condition=wanted, **chosen)["generation"]
         give_json(
             {
                 "out": str(written),
                 "n_cells": n,
                 "n_genes": len(model.genes),
                 "condition": wanted,
-                **{key: used[key] for key in ("steps", "schedule", "seed")},
+                "steps": plan.schedule.steps,
+                "schedule": plan.schedule.name,
+                "seed": plan.seed,
                 "seconds": round(seconds, 1),
             }
         )

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ SeparateSpecies = Annotated[
 
 def read_steps(text: str | None) -> int | str | None:
     """Read ``--steps``: a whole number, ``auto``, or nothing."""
-    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+    return int(text) if text is not None and re.fullmatch(r"-?[0-9]{1,18}", text) else text
 
 
 def read_source(name: str | None) -> Path | str | None:

@@ -1,5 +1,7 @@
 """The command ``lingshu train``."""
 
+import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,7 @@ import typer
 from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED, ConfigFile, Json, Preset, Settings
 from lingshu_cell.console import clock, give, give_json, say, training_bar
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.launch import is_first, is_launched, launch
 
 EXAMPLES = (
     "lingshu train cells.h5ad --out run",
@@ -16,6 +19,7 @@ EXAMPLES = (
     "lingshu train cells.h5ad --out run --set training.steps=5000 --set data.layer=counts",
     "lingshu train screen.h5ad --out run --perturbation-key gene --control non-targeting --condition-key cell_line",
     "lingshu train cells.h5ad --out run --resume",
+    "lingshu train cells.h5ad --out run --processes 4",
 )
 
 
@@ -44,12 +48,17 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, under its settings.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that share each step; see docs/distributed.md.")
+    ] = 1,
     json: Json = False,
 ) -> int:
     """Learn a model from raw counts.
 
     Nothing is normalised and no genes are selected. Ctrl-C saves what was learned; --resume goes on exactly there.
     """
+    if processes > 1 and not is_launched():
+        return launch(sys.argv[1:], processes)
     from lingshu_cell.run_config import AUTOMATIC, run_config
     from lingshu_cell.train import train as train_run
 
@@ -66,14 +75,16 @@ def train(
         condition_keys=[] if no_conditions else condition_key or AUTOMATIC,
         overrides=_perturbations(perturbation_key, control, split),
         resume=resume,
-        on_note=say,
+        on_note=say if is_first() else lambda note: None,
     )
     started = time.monotonic()
-    with training_bar() as show:
+    with training_bar() if is_first() else contextlib.nullcontext(lambda progress: None) as show:
         result = train_run(data, out, chosen, resume=resume, on_progress=show, on_note=say)
     seconds = time.monotonic() - started
     steps, nelbo = result.steps, result.validation_nelbo
-    if json:
+    if not is_first():
+        pass
+    elif json:
         give_json(
             {
                 "run": str(result.run),

@@ -21,9 +21,11 @@ import pandas as pd
 from anndata.io import read_elem, write_elem
 from scipy import sparse
 
-from lingshu_cell.data.counts import canonical_counts, check_counts, fingerprint
+from lingshu_cell.data.containers import check_folder, check_hdf5, check_zarr
+from lingshu_cell.data.counts import canonical_counts, check_counts, dense_counts, fingerprint, row_pointers
 from lingshu_cell.data.hdf5_output import Hdf5Output, writing_hdf5
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded, refuse_special
 from lingshu_cell.output_files import Draft, write_atomically
 
 _CHUNK = 1 << 22  # values looked at or made sparse at a time
@@ -119,7 +121,7 @@ def read_counts(source: Path | str | ad.AnnData, layer: str | None = None, obs_k
         obs_names, gene_names = parts.obs.index.astype(str), var.index.astype(str)
         _check_names(obs_names, gene_names)
         _check_labels(parts.obs, obs_names, obs_keys)
-        loaded = _load_csr(matrix, (len(obs_names), len(gene_names)))
+        loaded = _load_csr(matrix, (len(obs_names), len(gene_names)), _place(layer, parts))
         check_counts(loaded, _place(layer, parts), lambda: _where_integers_are(parts, layer))
     counts = canonical_counts(loaded, copy=isinstance(source, ad.AnnData))
     empty = obs_names[np.diff(counts.indptr) == 0]
@@ -169,8 +171,8 @@ def _opened(source: Path | str | ad.AnnData) -> Iterator[_Parts]:
             _opened_path(_download(source, Path(folder)), called=source) as parts,
         ):
             yield parts
-    elif isinstance(source, (str, os.PathLike)):
-        with _opened_path(Path(source).expanduser(), called=str(source)) as parts:
+    elif isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
+        with _opened_path(expanded(source), called=os.fspath(source)) as parts:
             yield parts
     else:
         raise LingshuError(
@@ -203,19 +205,25 @@ def _download(url: str, folder: Path) -> Path:
 
 @contextmanager
 def _opened_path(path: Path, called: str) -> Iterator[_Parts]:
+    refuse_special(path, "The data file must be readable")
     if not path.exists():
-        raise LingshuError("The data file must exist", f"there is no {called}", "Check the path")
+        raise LingshuError("The data file must exist", f"there is no {called or 'name'}", "Check the path")
     if path.is_dir():
         store, close = _open_zarr(path, called), None
     else:
         store = _open_h5(path, called)
         close = store.close
     try:
-        if not ("obs" in store and "var" in store):
-            raise _not_anndata(called, f"it holds {offenders(sorted(store.keys()))}")
         with _whole(called):
+            if not ("obs" in store and "var" in store):
+                raise _not_anndata(called, f"it holds {offenders(sorted(store.keys()))}")
+            if close:
+                check_hdf5(store, called)
+            else:
+                check_zarr(store, called)
             legacy = "encoding-type" not in store.attrs  # written by anndata < 0.7: its own reader knows these layouts
             parts = _parts_of_anndata(ad.read_h5ad(path)) if legacy and close else _parts_of_store(store)
+            _check_texts(parts.obs)
         yield parts
     finally:
         if close:
@@ -237,9 +245,10 @@ def _open_h5(path: Path, called: str) -> h5py.File:
 def _open_zarr(path: Path, called: str) -> Any:
     import zarr
 
+    check_folder(path)
     try:
         return zarr.open_group(path, mode="r")
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # broken metadata make it fail in any way
         raise _not_anndata(called, "the folder is no zarr group") from error
 
 
@@ -256,9 +265,9 @@ def _whole(what: str) -> Iterator[None]:
     """Turn what h5py, zarr, anndata and scipy raise on broken bytes into an error that names the file."""
     try:
         yield
-    except LingshuError:
+    except (LingshuError, MemoryError):
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
+    except Exception as error:  # as many kinds as there are ways to break a file, and more with every release
         raise LingshuError(
             "The data file must be whole",
             f"{what} is damaged ({type(error).__name__}: {str(error)[:200]})",
@@ -285,9 +294,18 @@ def _parts_of_store(store: Any) -> _Parts:
         matrices["raw"] = raw["X"]
     matrices.update({str(name): layers[name] for name in layers})
     raw_var = None if raw is None or "raw" in layers else read_elem(raw["var"])
-    said = read_elem(store["uns"]["source"]) if "uns" in store and "source" in store["uns"] else None
-    said = said if isinstance(said, str) else None
+    said = uns_text(store, "source")
     return _Parts(read_elem(store["obs"]), read_elem(store["var"]), raw_var, matrices, said)
+
+
+def uns_text(store: Any, key: str) -> str | None:
+    """Give a text of ``uns``; None where there is none, or none that can be read: it is a remark, no data."""
+    uns = store.get("uns")
+    try:
+        said = read_elem(uns[key]) if _is_group(uns) and key in uns else None
+    except Exception:  # damaged in any way
+        return None
+    return said if isinstance(said, str) else None
 
 
 def _chosen_matrix(parts: _Parts, layer: str | None) -> Any:
@@ -307,12 +325,33 @@ def _check_names(obs_names: pd.Index, gene_names: pd.Index) -> None:
         if not len(names):
             raise LingshuError(f"The data must have {what}", f"there are no {what}", "Check how the file was filtered")
     for names, what in ((gene_names, "var_names"), (obs_names, "obs_names")):
+        wrong = [name for name in names if not name or "\0" in name]
+        if wrong:
+            raise LingshuError(
+                f"{what} must be texts without zero bytes",
+                f"empty or with such bytes: {offenders(wrong)}",
+                "Name these rows or drop them",
+            )
         if not names.is_unique:
             raise LingshuError(
                 f"{what} must be unique",
                 f"found more than once: {offenders(names[names.duplicated()].unique())}",
                 f"Call adata.{what}_make_unique() and save the file again",
             )
+
+
+def _check_texts(obs: pd.DataFrame) -> None:
+    """Refuse texts that no h5ad file can hold."""
+    for name in obs.columns:
+        column = obs[name]
+        is_category = isinstance(column.dtype, pd.CategoricalDtype)
+        if is_category or column.dtype.kind == "O":
+            texts = column.cat.categories if is_category else column.unique()
+            wrong = [text for text in texts if isinstance(text, str) and "\0" in text]
+            if wrong:
+                raise LingshuError(
+                    "Labels must be texts without zero bytes", f"obs[{name!r}] has {offenders(wrong)}", "Mend them"
+                )
 
 
 def _check_labels(obs: pd.DataFrame, obs_names: pd.Index, keys: Sequence[str]) -> None:
@@ -334,22 +373,34 @@ def _is_group(matrix: Any) -> bool:
     return hasattr(matrix, "keys") and hasattr(matrix, "attrs")
 
 
-def _load_csr(matrix: Any, shape: tuple[int, int]) -> sparse.csr_matrix:
+def _load_csr(matrix: Any, shape: tuple[int, int], where: str) -> sparse.csr_matrix:
     """Load any storage of a matrix as CSR, dense ones by blocks of rows."""
     with _whole("the count matrix"):
         if _is_group(matrix):
+            stated = tuple(int(n) for n in matrix.attrs.get("shape", ()))
+            _check_shape(stated, shape)
             matrix = read_elem(matrix)
         elif hasattr(matrix, "compute"):  # dask
             matrix = matrix.compute()
+        _check_shape(tuple(getattr(matrix, "shape", ())), shape)
         if not sparse.issparse(matrix):
             rows = max(1, _CHUNK // max(1, shape[1]))
-            blocks = [sparse.csr_matrix(np.asarray(matrix[i : i + rows])) for i in range(0, matrix.shape[0], rows)]
+            blocks = [dense_counts(matrix[i : i + rows], where) for i in range(0, matrix.shape[0], rows)]
             matrix = sparse.vstack(blocks, format="csr")
+        elif matrix.format in ("csr", "csc"):
+            n_rows = shape[0] if matrix.format == "csr" else shape[1]
+            row_pointers(matrix.indptr, n_rows, len(matrix.data), len(matrix.indices))
+            if matrix.indices.dtype.kind not in "iu":
+                raise ValueError(f"its indices are {matrix.indices.dtype}")
+            matrix.check_format(full_check=True)
         loaded = sparse.csr_matrix(matrix)
         loaded.check_format(full_check=True)
-        if loaded.shape != shape:
-            raise ValueError(f"its shape is {loaded.shape}, but there are {shape[0]} cells and {shape[1]} genes")
     return loaded
+
+
+def _check_shape(stated: tuple[int, ...], shape: tuple[int, int]) -> None:
+    if stated != shape:
+        raise ValueError(f"its shape is {stated}, but there are {shape[0]} cells and {shape[1]} genes")
 
 
 def _place(layer: str | None, parts: _Parts) -> str:

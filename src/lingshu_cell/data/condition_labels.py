@@ -42,7 +42,10 @@ def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
 
 
 def components_of(name: str, separator: str, control: str | None) -> list[str]:
-    """Take a perturbation label apart; one with an empty part, such as ``"Na+"``, is a name and no combination.
+    """Take a perturbation label apart.
+
+    A separator within brackets, as in ``"(+)-JQ1"``, does not count, and a label with an empty part, such as ``"Na+"``,
+    is a name and no combination.
 
     Parameters
     ----------
@@ -56,12 +59,37 @@ def components_of(name: str, separator: str, control: str | None) -> list[str]:
     Returns
     -------
     list of str
-        The perturbations, sorted, each once.
+        The perturbations, sorted; for the control label that alone.
+
+    Raises
+    ------
+    LingshuError
+        If a perturbation stands twice, or there is nothing but control several times.
     """
-    parts = [part.strip() for part in name.split(separator)] if separator else []
+    parts = [part.strip() for part in _split(name, separator)] if separator and name != control else [name]
     if len(parts) < 2 or not all(parts):
         return [name]
-    return sorted({part for part in parts if part != control}) or [control or name]
+    applied = sorted(part for part in parts if part != control)
+    if not applied or len(set(applied)) != len(applied):
+        raise LingshuError(
+            "A combination must join different perturbations",
+            f"{name!r} taken apart at {separator!r} gives {offenders(parts)}",
+            "Mend the label, or set combination_separator to what joins them (empty: labels stay whole)",
+        )
+    return applied
+
+
+def _split(name: str, separator: str) -> list[str]:
+    """Split at separators outside of brackets; a name whose brackets do not match stays whole."""
+    parts, depth, start, at = [], 0, 0, 0
+    while at < len(name):
+        if depth == 0 and name.startswith(separator, at):
+            parts.append(name[start:at])
+            at = start = at + len(separator)
+            continue
+        depth += (name[at] in "([{") - (name[at] in ")]}")
+        at += 1
+    return [*parts, name[start:]] if depth == 0 else [name]
 
 
 def canonical_name(name: str, separator: str, control: str | None) -> str:
@@ -77,7 +105,7 @@ def canonical_name(name: str, separator: str, control: str | None) -> str:
     str
         E.g. ``"A+B"`` for ``"B+A"``, and ``"A"`` for ``"A+control"``.
     """
-    return name if name == control else separator.join(components_of(name, separator, control))
+    return separator.join(components_of(name, separator, control))
 
 
 def nearest(name: str, known: Collection[str] | np.ndarray | pd.Index) -> str:

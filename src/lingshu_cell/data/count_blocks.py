@@ -11,7 +11,10 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy import sparse
 
+from lingshu_cell.data.containers import check_hdf5
+from lingshu_cell.data.counts import dense_counts, row_pointers
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded, refuse_special
 
 VALUES_PER_BLOCK = 1 << 19  # larger blocks save a tenth of the time and cost most of the memory
 
@@ -33,17 +36,22 @@ class CountBlocks:
     """
 
     def __init__(self, path: Path | str, layer: str | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
+        refuse_special(self.path, "The cells must be an h5ad file")
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
             finding = f"{path} cannot be opened ({error})" if self.path.exists() else f"there is no {path}"
             raise LingshuError("The cells must be an h5ad file", finding, "Check the path") from error
         try:
+            check_hdf5(self._file, str(path))
             self._open(layer)
-        except BaseException:
+        except LingshuError:
             self._file.close()
             raise
+        except Exception as error:  # as many kinds as there are ways to break a file
+            self._file.close()
+            raise self._damaged(f"{type(error).__name__}: {str(error)[:200]}") from error
 
     def __enter__(self) -> "CountBlocks":
         return self
@@ -77,7 +85,9 @@ class CountBlocks:
                 end, block = (
                     self._dense(start, values_per_block) if self.is_dense else self._sparse(start, values_per_block)
                 )
-            except OSError as error:
+            except (OSError, ValueError, RuntimeError) as error:
+                if isinstance(error, LingshuError):
+                    raise
                 raise self._damaged(str(error)) from error
             yield start, block
             start = end
@@ -109,15 +119,10 @@ class CountBlocks:
             self._read_pointers()
 
     def _read_pointers(self) -> None:
-        indptr = self._matrix["indptr"][:].astype(np.int64)  # signed, whatever the file has: a step back must show
-        n_data, n_indices = len(self._matrix["data"]), len(self._matrix["indices"])
-        if len(indptr) != self.n_cells + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
+        indptr, n_values = self._matrix["indptr"], len(self._matrix["data"])
+        if indptr.shape != (self.n_cells + 1,):
             raise self._damaged("the row pointers do not rise from 0, one for each cell")
-        if n_data != n_indices or indptr[-1] > n_data:
-            raise self._damaged(
-                f"{n_data:,} values, {n_indices:,} gene numbers, {indptr[-1]:,} expected by row pointers"
-            )
-        self._indptr = indptr
+        self._indptr = row_pointers(indptr[:], self.n_cells, n_values, len(self._matrix["indices"]))
 
     def _sparse(self, start: int, values_per_block: int) -> tuple[int, sparse.csr_matrix]:
         indptr = self._indptr
@@ -133,7 +138,7 @@ class CountBlocks:
 
     def _dense(self, start: int, values_per_block: int) -> tuple[int, sparse.csr_matrix]:
         end = min(start + max(1, values_per_block // max(1, self.n_genes)), self.n_cells)
-        return end, sparse.csr_matrix(self._matrix[start:end])
+        return end, dense_counts(self._matrix[start:end], str(self.path))
 
     def _damaged(self, finding: str) -> LingshuError:
         return LingshuError("The matrix must be whole", f"{self.path}: {finding}", "Write the file again")

@@ -61,6 +61,54 @@ def check_counts(matrix: sparse.csr_matrix, where: str, find_remedy: Callable[[]
         )
 
 
+def row_pointers(indptr: np.ndarray, n_rows: int, n_values: int, n_indices: int) -> np.ndarray:
+    """Check the pointers of a compressed matrix, before any compiled code trusts them.
+
+    Parameters
+    ----------
+    indptr
+        As stored.
+    n_rows
+        Rows of CSR, or columns of CSC.
+    n_values, n_indices
+        Lengths of the two other arrays.
+
+    Returns
+    -------
+    np.ndarray
+        int64, n_rows + 1, rising from 0 to the number of values.
+
+    Raises
+    ------
+    ValueError
+        If they are of another kind.
+    """
+    if indptr.ndim != 1 or indptr.dtype.kind not in "iu" or len(indptr) != n_rows + 1:
+        raise ValueError(f"its pointers are {indptr.dtype} {indptr.shape} for {n_rows} rows")
+    pointers = indptr.astype(np.int64)  # signed, whatever the file has: a step back must show
+    if pointers[0] != 0 or (np.diff(pointers) < 0).any():
+        raise ValueError("its row pointers do not rise from 0, one for each row")
+    if not pointers[-1] == n_values == n_indices:
+        raise ValueError(f"{n_values:,} values, {n_indices:,} indices, {pointers[-1]:,} expected by row pointers")
+    return pointers
+
+
+def dense_counts(block: np.ndarray, where: str) -> sparse.csr_matrix:
+    """Make rows of a dense matrix sparse, in a type that sparse matrices can have.
+
+    Raises
+    ------
+    LingshuError
+        If values are masked or no numbers.
+    """
+    if np.ma.isMaskedArray(block):
+        raise LingshuError("Counts must not be masked", f"{where} is a masked array", "Fill it, or drop those cells")
+    block = np.asarray(block)
+    if block.dtype.kind not in "iufb":
+        raise LingshuError("Counts must be numbers", f"{where} has dtype {block.dtype}", "Pass raw UMI counts")
+    return sparse.csr_matrix(block.astype(np.float32) if block.dtype == np.float16 else block)
+
+
 def canonical_counts(matrix: sparse.csr_matrix, copy: bool) -> sparse.csr_matrix:
     """Give checked counts as int32 CSR with sorted indices, no duplicates and no stored zeros.
 

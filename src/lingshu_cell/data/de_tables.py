@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from lingshu_cell.data.condition_labels import components_of
 from lingshu_cell.data.gene_sets import read_table
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded
 
 DE_COLUMNS = ("target", "feature", "target_mean", "ref_mean", "log2_fold_change", "fdr")
 _DE_SYNONYMS = {
@@ -42,7 +44,7 @@ def read_de_table(path: Path | str) -> pd.DataFrame:
     LingshuError
         If the file or a column is absent, or a value that must be a number is not.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     return _read_folder(path) if path.is_dir() else _canonical_de(read_table(path), str(path))
 
 
@@ -112,6 +114,9 @@ def _read_folder(folder: Path) -> pd.DataFrame:
         )
     keys = list(index.columns[list(index.columns).index("condition") + 1 : list(index.columns).index("perturbation")])
     index = index[index["file"].notna()]
+    strange = [str(file) for file in index["file"] if Path(str(file)).name != str(file)]
+    if strange:
+        raise LingshuError("DE tables lie beside their index", f"it names {offenders(strange)}", "Run lingshu de again")
     names = [" / ".join(str(one) for one in row) for row in index[keys].to_numpy(dtype=object)]
     labels = zip(names, index["perturbation"].astype(str), index["file"], strict=True)
     return join_de_tables({(identity, target): read_table(folder / file) for identity, target, file in labels})
@@ -209,7 +214,7 @@ def silenced_genes(
             )
         de_table = de_table[de_table["identity"].astype(str) != except_identity]
     silenced: Mapping[str, tuple[str, ...]] = strongly_down_regulated(de_table, **thresholds) if len(de_table) else {}
-    parts = target.split(separator) if separator else [target]
+    parts = components_of(target, separator or "", None)
     wanted = [*parts, *(gene for label in dict.fromkeys((*parts, target)) for gene in silenced.get(label, ()))]
     known = set(gene_names)
     return tuple(gene for gene in dict.fromkeys(wanted) if gene in known)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import (
+    HARMLESS_BYTES,
+    MOST_UNPACKED,
+    expanded,
+    open_binary,
+    read_npz,
+    refuse_special,
+)
 from lingshu_cell.output_files import write_atomically
 
 NAME_KEYS = ("genes", "names", "gene_names", "symbols", "gene_symbols", "ids", "gene", "name", "symbol", "var_names")
@@ -197,7 +204,8 @@ def read_embeddings(path: Path | str) -> GeneEmbeddings:
     LingshuError
         If the file is absent, damaged, of another format, or holds no such table.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
+    refuse_special(path, "The file of embeddings must be readable")
     if not path.is_file():
         raise LingshuError("The file of embeddings must exist", f"there is no {path}", "Check the path")
     name = path.name.lower()
@@ -211,7 +219,8 @@ def read_embeddings(path: Path | str) -> GeneEmbeddings:
         elif name.endswith(_TEXT_ENDS):
             separator = "\t" if ".tsv" in name else ","
             # A gene may be called NA: names are taken as they stand.
-            table = pd.read_csv(path, sep=separator, keep_default_na=False, na_values={}, low_memory=False)
+            with open_binary(path) as stream:
+                table = pd.read_csv(stream, sep=separator, keep_default_na=False, na_values={}, low_memory=False)
             names, matrix = _of_table(table, path)
         else:
             raise LingshuError(
@@ -220,9 +229,9 @@ def read_embeddings(path: Path | str) -> GeneEmbeddings:
                 "Convert it, e.g. numpy.savez(file, genes=names, embeddings=matrix); pickled files (.pt, .pkl) are "
                 "never opened",
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        if isinstance(error, LingshuError):
-            raise
+    except (LingshuError, MemoryError):
+        raise
+    except Exception as error:  # five formats, each with kinds of its own
         raise LingshuError(
             "The file of embeddings must be whole", f"{path} cannot be read ({error})", "Write or download it again"
         ) from error
@@ -244,7 +253,7 @@ def write_embeddings(embeddings: GeneEmbeddings, path: Path | str) -> None:
     LingshuError
         If the ending is another one or the folder does not exist.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise LingshuError("Embeddings are written as .npz or .safetensors", f"{path.name} is neither", "Rename it")
     if not path.parent.is_dir():
@@ -327,17 +336,18 @@ def _without_repeats(names: tuple[str, ...], matrix: np.ndarray, source: str) ->
 
 
 def _read_npz(path: Path) -> tuple[Sequence[str], np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        texts = [key for key in arrays.files if arrays[key].ndim == 1 and arrays[key].dtype.kind in "US"]
-        numbers = [key for key in arrays.files if arrays[key].ndim == 2 and arrays[key].dtype.kind in "iuf"]
-        name_key, matrix_key = _preferred(texts, NAME_KEYS), _preferred(numbers, MATRIX_KEYS)
-        if name_key is None or matrix_key is None:
-            raise LingshuError(
-                "An npz of embeddings needs an array of names and a matrix, e.g. genes and embeddings",
-                f"{path.name} holds {offenders(arrays.files)}",
-                "Write it with numpy.savez(file, genes=names, embeddings=matrix)",
-            )
-        return [str(name) for name in arrays[name_key].astype(str)], arrays[matrix_key]
+    arrays = read_npz(path)
+    texts = [key for key, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "US"]
+    numbers = [key for key, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "iuf"]
+    name_key, matrix_key = _preferred(texts, NAME_KEYS), _preferred(numbers, MATRIX_KEYS)
+    if name_key is None or matrix_key is None:
+        raise LingshuError(
+            "An npz of embeddings needs an array of names and a matrix, e.g. genes and embeddings",
+            f"{path.name} holds {offenders(arrays)}",
+            "Write it with numpy.savez(file, genes=names, embeddings=matrix)",
+        )
+    names = arrays[name_key]
+    return [one.decode("utf-8") if isinstance(one, bytes) else str(one) for one in names.tolist()], arrays[matrix_key]
 
 
 def _preferred(there: Sequence[str], wanted: Sequence[str]) -> str | None:
@@ -362,11 +372,19 @@ def _read_safetensors(path: Path) -> tuple[Sequence[str], np.ndarray]:
                 "Write them there, or store one tensor per gene",
             )
         names = json.loads(about[name_key])
-        return (names if isinstance(names, list) else names.get(name_key, [])), file.get_tensor(matrix_key)
+        names = names.get(name_key) if isinstance(names, dict) else names
+        if not isinstance(names, list):
+            raise ValueError(f"{name_key} is no JSON list of names")
+        return names, file.get_tensor(matrix_key)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
+        from pyarrow.parquet import read_metadata
+
+        about = read_metadata(path)
+        if about.num_rows * about.num_columns * 8 > max(HARMLESS_BYTES, MOST_UNPACKED * path.stat().st_size):
+            raise ValueError(f"it announces {about.num_rows:,} rows in {path.stat().st_size:,} bytes")
         return pd.read_parquet(path)
     except ImportError as error:
         raise LingshuError(

@@ -1,8 +1,6 @@
 """Sets of genes, links between genes, and wishes for genes, read from files; each with a direction."""
 
 import csv
-import gzip
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded, open_binary, refuse_special, said_as
 
 _SIGNS = {"+": 1.0, "1": 1.0, "activation": 1.0, "up": 1.0, "-": -1.0, "-1": -1.0, "repression": -1.0, "down": -1.0}
 _SIGN_COLUMNS = ("sign", "mor", "effect", "interaction", "weight", "score")
@@ -169,6 +168,9 @@ def read_gene_tilts(path: Path | str, gene_names: Sequence[str]) -> GeneTilts:
     """
     table = read_table(path)
     table.columns = [str(column).strip().lower() for column in table.columns]
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()]
+        raise LingshuError("A table has one column of a name", f"{path} has more: {offenders(twice)}", "Rename them")
     if "gene" not in table or not ({"direction", "log2_fold_change"} & set(table.columns)):
         raise LingshuError(
             "A table of gene wishes needs the columns gene, and direction or log2_fold_change",
@@ -240,17 +242,16 @@ def read_table(path: Path | str) -> pd.DataFrame:
     separator = "\t" if "\t" in lines[0] else ","
     try:
         # A gene may be called NA or NAN1: only an empty field is missing.
-        return pd.read_csv(Path(path), sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
+        with open_binary(expanded(path)) as stream:
+            return pd.read_csv(stream, sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
     except (ValueError, csv.Error) as error:
         raise LingshuError("The file must be a table", f"{path} cannot be read ({error})", "Check it") from error
 
 
 def _lines(path: Path | str) -> list[str]:
-    path = Path(path).expanduser()
-    try:
-        text = path.read_bytes()
-        return (gzip.decompress(text) if path.suffix == ".gz" else text).decode("utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise LingshuError("The file must exist", f"there is no {path}", "Check the path") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise LingshuError("The file must be whole text", f"{path} cannot be read ({error})", "Check it") from error
+    path = expanded(path)
+    refuse_special(path, "The file must be whole text")
+    if not path.exists():
+        raise LingshuError("The file must exist", f"there is no {path}", "Check the path")
+    with said_as("The file must be whole text", path, "Check it"), open_binary(path) as stream:
+        return stream.read().decode("utf-8-sig").splitlines()

@@ -1,13 +1,13 @@
 """What is known of gene names: approved symbols, former ones, Ensembl ids and orthologs, read from public tables."""
 
 import csv
-import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded, open_text, refuse_special
 
 HUMAN = "homo_sapiens"
 _SPECIES = {
@@ -115,11 +115,11 @@ def read_tables(
     LingshuError
         If a table cannot be read or has not these columns.
     """
-    approved, former = _read_aliases(Path(aliases).expanduser()) if aliases else ({}, {})
+    approved, former = _read_aliases(expanded(aliases)) if aliases else ({}, {})
     symbol_of_id = {gene_id: symbol for symbol, gene_id in approved.items() if gene_id}
     id_of_symbol: dict[str, dict[str, str]] = {HUMAN: {s: i for s, i in approved.items() if i}} if approved else {}
     for species, file in (gene_tables or {}).items():
-        pairs = [row[:2] for row in _rows(Path(file).expanduser(), least=2) if row[0] and row[1]]
+        pairs = [row[:2] for row in _rows(expanded(file), least=2) if row[0] and row[1]]
         for gene_id, symbol in pairs:
             symbol_of_id.setdefault(gene_id, symbol)
         ids = _partners((symbol, gene_id, 0.0) for gene_id, symbol in pairs)
@@ -127,7 +127,7 @@ def read_tables(
         known.update({symbol: gene_id for symbol, (gene_id, _) in ids.items() if symbol not in known})
     joined: dict[tuple[str, str], Mapping[str, tuple[str, float]]] = {}
     for species, file in orthologs:
-        joined.update(_read_orthologs(species, Path(file).expanduser()))
+        joined.update(_read_orthologs(species, expanded(file)))
     return GeneTables(approved, former, symbol_of_id, id_of_symbol, joined)
 
 
@@ -215,11 +215,11 @@ def _number(text: str) -> float:
 
 def _rows(file: Path, least: int) -> Iterator[list[str]]:
     """Read a table separated by tabs or commas, whichever its first line has."""
+    refuse_special(file, "A table of genes must be readable")
     if not file.is_file():
         raise LingshuError("A table of genes must exist", f"there is no {file}", "Check the path")
     try:
-        reader = gzip.open if file.suffix == ".gz" else open
-        with reader(file, "rt", encoding="utf-8", newline="") as stream:
+        with open_text(file, encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
             separator = "\t" if "\t" in first else ","
             narrow = None

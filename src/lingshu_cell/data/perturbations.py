@@ -4,6 +4,7 @@ A label is control, one perturbation, or several joined by a separator ("KLF1+BA
 are called alone is what they are called in it, so a combination never seen can be asked for.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lingshu_cell.data.condition_labels import components_of
 from lingshu_cell.errors import LingshuError, offenders
 
 
@@ -50,7 +52,8 @@ class PerturbationVocabulary:
         Raises
         ------
         LingshuError
-            If no cell has the control label, if a label is nothing but control, or if a part is empty or stands twice.
+            If no cell has the control label, if all cells have it, if a perturbation stands twice in a label, or if a
+            label looks like a combination but no part of it is in any other label: it may be one name.
         """
         distinct = sorted(set(labels))
         if control not in distinct:
@@ -61,18 +64,22 @@ class PerturbationVocabulary:
             raise LingshuError(
                 "There must be perturbed cells", f"every cell is labelled {control!r}", "Check data.control"
             )
-        singles = {part for label in distinct if label != control for part in _parts(label, control, separator)}
-        return cls((control, *sorted(singles - {control})), separator)
+        parts = {label: components_of(label, separator, control) for label in distinct}
+        in_labels = Counter(part for some in parts.values() for part in some)
+        alone = [label for label, some in parts.items() if len(some) > 1 and all(in_labels[p] == 1 for p in some)]
+        if alone:
+            raise LingshuError(
+                "A combination must have a part that is also in another label; otherwise it may be one name",
+                f"joined by {separator!r}, with no part in any other label: {offenders(alone)}",
+                'Set data.combination_separator="" if labels are names, or to another sign that joins yours',
+            )
+        return cls((control, *sorted(set(in_labels) - {control})), separator)
 
     def parts(self, label: str) -> list[str]:
-        """Take a label apart: the control label alone, or the names of one or several perturbations.
-
-        Raises
-        ------
-        LingshuError
-            If a part is empty or stands twice.
+        """Take a label apart: the control label alone, or the names of one or several perturbations; see
+        :func:`lingshu_cell.data.condition_labels.components_of`.
         """
-        return [label] if label == self.control else _parts(label, self.control, self.separator)
+        return components_of(label, self.separator, self.control)
 
     def encode(self, labels: Iterable[str]) -> np.ndarray:
         """Give for each label which perturbations were applied, float32, shape [number of labels, number of names].
@@ -150,15 +157,3 @@ def check_log_doses(doses: np.ndarray) -> np.ndarray:
             "Give every perturbed cell its dose in one unit; control cells may lack it",
         )
     return np.log(values)
-
-
-def _parts(label: str, control: str, separator: str) -> list[str]:
-    parts = [part.strip() for part in label.split(separator)] if separator else [label]
-    parts = [part for part in parts if part != control] or [""]
-    if not all(parts) or len(set(parts)) != len(parts):
-        raise LingshuError(
-            "A combination must join different perturbations",
-            f"{label!r} taken apart at {separator!r} gives {offenders(map(repr, parts))}",
-            "Mend the label, or set data.combination_separator to what joins them (empty: labels stay whole)",
-        )
-    return parts

@@ -1,6 +1,5 @@
 """Files of counts opened but not loaded: h5ad, zarr, 10x h5 and 10x mtx folders, streamed in chunks of whole cells."""
 
-import gzip
 import hashlib
 import os
 import zlib
@@ -18,19 +17,25 @@ from scipy import sparse
 
 from lingshu_cell.data.anndata_io import (
     _check_names,
+    _check_shape,
     _chosen_matrix,
     _is_group,
     _opened_path,
     _place,
     _where_integers_are,
     _whole,
+    uns_text,
 )
-from lingshu_cell.data.counts import canonical_counts, check_counts
+from lingshu_cell.data.containers import check_folder, check_hdf5
+from lingshu_cell.data.counts import canonical_counts, check_counts, dense_counts, row_pointers
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded, open_binary, open_text, refuse_special
 
 CHUNK_CELLS = 2048
 CHUNK_VALUES = 1 << 22  # stored values of a chunk, but never less than one cell: some 50 MB
+_SPARSE_LAYOUT = "0.1.0"  # of AnnData's compressed matrices, the only one there has been
 _CSC_VALUES = 1 << 24  # a matrix stored by gene is scanned once for so many values of whole cells
+_LONGEST_LINE = 1 << 16  # of what stands before the values of a Matrix Market file
 _MATRIX_FILES = ("matrix.mtx.gz", "matrix.mtx")
 _TABLE_FILES = {
     "barcodes": ("barcodes.tsv.gz", "barcodes.tsv"),
@@ -138,7 +143,8 @@ def open_source(path: Path | str, layer: str | None = None) -> AbstractContextMa
     LingshuError
         If there is no such file, it is of no known kind or damaged, or names are duplicated.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
+    refuse_special(path, "The data file must be readable")
     if not path.exists():
         raise LingshuError("The data file must exist", f"there is no {path}", "Check the path")
     kind = _kind_of(path)
@@ -164,7 +170,10 @@ def identity(path: Path | str, known: dict[str, Any] | None = None) -> dict[str,
     dict
         ``bytes``, ``mtime_ns`` and ``sha256``; of a folder the sums over its files in order of their names.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
+    refuse_special(path, "The data file must be readable")
+    if path.is_dir():
+        check_folder(path)
     try:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [file.stat() for file in files]
@@ -195,6 +204,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _kind_of(path: Path) -> str:
     if path.is_dir():
+        check_folder(path)
         return "10x mtx" if _first_of(path, _MATRIX_FILES) else "zarr"
     try:
         with h5py.File(path, "r") as file:
@@ -222,18 +232,13 @@ def _open_anndata(path: Path, kind: str, layer: str | None) -> Iterator[CountSou
 def _species_of(path: Path, kind: str) -> str | None:
     """Read what ``uns`` says of the species, if it is plain text."""
     import zarr
-    from anndata.io import read_elem
 
     store = h5py.File(path, "r") if kind == "h5ad" else zarr.open_group(path, mode="r")
     try:
-        uns = store.get("uns", {})
-        for key in ("species", "organism"):
-            if key in uns and isinstance(said := read_elem(uns[key]), str):
-                return said
+        return uns_text(store, "species") or uns_text(store, "organism")
     finally:
         if kind == "h5ad":
             store.close()
-    return None
 
 
 def _rows_of(matrix: Any, shape: tuple[int, int]) -> Rows:
@@ -245,6 +250,8 @@ def _rows_of(matrix: Any, shape: tuple[int, int]) -> Rows:
         _check_shape(tuple(matrix.shape), shape)
         return lambda start: _dense_rows(matrix, shape, start)
     encoding = matrix.attrs.get("encoding-type")
+    if (layout := matrix.attrs.get("encoding-version")) != _SPARSE_LAYOUT:
+        raise ValueError(f"a sparse matrix of version {layout!r} cannot be read")
     stated = tuple(int(n) for n in matrix.attrs["shape"])
     _check_shape(stated, shape)
     if encoding == "csr_matrix":
@@ -254,24 +261,15 @@ def _rows_of(matrix: Any, shape: tuple[int, int]) -> Rows:
     raise ValueError(f"a matrix of kind {encoding!r} cannot be streamed")
 
 
-def _check_shape(stated: tuple[int, ...], shape: tuple[int, int]) -> None:
-    if stated != shape:
-        raise ValueError(f"its shape is {stated}, but there are {shape[0]} cells and {shape[1]} genes")
-
-
 def _dense_rows(matrix: Any, shape: tuple[int, int], start: int) -> Iterator[sparse.csr_matrix]:
     rows = min(CHUNK_CELLS, max(1, CHUNK_VALUES // max(1, shape[1])))
     for i in range(start, shape[0], rows):
-        yield sparse.csr_matrix(np.asarray(matrix[i : i + rows]))
+        yield dense_counts(matrix[i : i + rows], "the matrix")
 
 
 def _compressed_rows(data: Any, indices: Any, indptr: Any, stated: tuple[int, ...], shape: tuple[int, int]) -> Rows:
     _check_shape(tuple(stated), shape)
-    pointers = np.asarray(indptr[:]).astype(np.int64)
-    if len(pointers) != shape[0] + 1 or pointers[0] != 0 or (np.diff(pointers) < 0).any():
-        raise ValueError("its row pointers are wrong")
-    if not pointers[-1] == data.shape[0] == indices.shape[0]:
-        raise ValueError(f"{data.shape[0]} values and {indices.shape[0]} indices for {pointers[-1]} pointers")
+    pointers = _pointers(data, indices, indptr, shape[0])
 
     def rows(start: int) -> Iterator[sparse.csr_matrix]:
         while start < shape[0]:
@@ -285,16 +283,21 @@ def _compressed_rows(data: Any, indices: Any, indptr: Any, stated: tuple[int, ..
     return rows
 
 
+def _pointers(data: Any, indices: Any, indptr: Any, n_rows: int) -> np.ndarray:
+    """Check the three arrays of a compressed matrix and give the pointers."""
+    if len(data.shape) != 1 or len(indices.shape) != 1 or indices.dtype.kind not in "iu":
+        raise ValueError(f"its values are {data.dtype} {data.shape}, its indices {indices.dtype} {indices.shape}")
+    if indptr.shape != (n_rows + 1,):
+        raise ValueError(f"its pointers have the shape {indptr.shape} for {n_rows} rows")
+    return row_pointers(np.asarray(indptr[:]), n_rows, data.shape[0], indices.shape[0])
+
+
 class _CscRows:
     """Rows of a matrix stored by columns: scanned anew for each block of rows that fits into memory."""
 
     def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
         self._data, self._indices, self._shape = data, indices, shape
-        self._pointers = np.asarray(indptr[:]).astype(np.int64)
-        if len(self._pointers) != shape[1] + 1 or (np.diff(self._pointers) < 0).any():
-            raise ValueError("its column pointers are wrong")
-        if not self._pointers[-1] == data.shape[0] == indices.shape[0]:
-            raise ValueError("values, indices and column pointers do not fit")
+        self._pointers = _pointers(data, indices, indptr, shape[1])
         self._per_row: np.ndarray | None = None
 
     def __call__(self, start: int) -> Iterator[sparse.csr_matrix]:
@@ -344,6 +347,7 @@ def _group_of_10x(file: h5py.File) -> str | None:
 def _open_10x_h5(path: Path) -> Iterator[CountSource]:
     with h5py.File(path, "r") as file:
         with _whole(str(path)):
+            check_hdf5(file, str(path))
             group = file[_group_of_10x(file)]
             features = group.get("features", group)
             ids = _texts(features["id"] if "id" in features else features["genes"])
@@ -351,7 +355,8 @@ def _open_10x_h5(path: Path) -> Iterator[CountSource]:
             kinds = _texts(features["feature_type"]) if "feature_type" in features else None
             barcodes = _texts(group["barcodes"])
             n_features, n_cells = (int(n) for n in group["shape"][:])  # stored by cell, as genes × cells
-            if (len(ids), len(names), len(barcodes)) != (n_features, n_features, n_cells):
+            n_kinds = n_features if kinds is None else len(kinds)
+            if (len(ids), len(names), n_kinds, len(barcodes)) != (n_features, n_features, n_features, n_cells):
                 raise ValueError("names and shape do not fit")
             shape = (n_cells, n_features)
             rows = _compressed_rows(group["data"], group["indices"], group["indptr"], shape, shape)
@@ -369,8 +374,8 @@ def _open_10x_mtx(path: Path) -> Iterator[CountSource]:
                 f"{path} has none of {offenders(names)}",
                 "Copy the whole folder",
             )
-        with _readable(file):
-            tables[what] = pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+        with _readable(file), open_binary(file) as stream:
+            tables[what] = pd.read_csv(stream, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
     features = tables["features"]
     ids, names = features[0].tolist(), features[min(1, features.shape[1] - 1)].tolist()
     kinds = features[2].tolist() if features.shape[1] > 2 else None
@@ -398,14 +403,16 @@ def _source_of_10x(
 def _mtx_rows(file: Path, shape: tuple[int, int], start: int) -> Iterator[sparse.csr_matrix]:
     """Parse Matrix Market text as Cell Ranger writes it: gene, cell, count, sorted by cell."""
     n_cells, n_genes = shape
-    with _open_text(file) as stream:
+    with open_text(file, encoding="ascii") as stream:
         n_values = _mtx_header(stream, shape)
         held = np.empty((0, 3))
         n_read, last_cell, next_cell = 0, 0, start
-        tables = pd.read_csv(stream, sep=r"\s+", header=None, comment="%", chunksize=CHUNK_VALUES // 4)
-        for table in tables if n_values else ():
+        names = ["gene", "cell", "count"]
+        tables = pd.read_csv(stream, sep=r"\s+", header=None, names=names, comment="%", chunksize=CHUNK_VALUES // 4)
+        for table in tables:
             triple = table.to_numpy(dtype=np.float64)
             n_read += len(triple)
+            _check_places(triple, shape)
             cells = triple[:, 1] - 1
             if (np.diff(cells, prepend=last_cell) < 0).any():
                 raise LingshuError(
@@ -428,29 +435,34 @@ def _mtx_rows(file: Path, shape: tuple[int, int], start: int) -> Iterator[sparse
         yield from _in_pieces(held, next_cell, n_cells, n_genes)
 
 
+def _check_places(triple: np.ndarray, shape: tuple[int, int]) -> None:
+    """Refuse genes and cells that are no whole numbers from 1 on."""
+    for column, most, what in ((0, shape[1], "gene"), (1, shape[0], "cell")):
+        places = triple[:, column]
+        wrong = ~((places >= 1) & (places <= most) & (places == np.floor(places)))
+        if wrong.any():
+            raise ValueError(f"matrix.mtx names {what} {places[wrong][0]:g}, which is out of range: it has {most}")
+
+
 def _in_pieces(triple: np.ndarray, first: int, stop: int, n_genes: int) -> Iterator[sparse.csr_matrix]:
     genes, cells = triple[:, 0].astype(np.int64) - 1, triple[:, 1].astype(np.int64) - 1
-    if len(triple) and (cells.max() >= stop or genes.min() < 0 or genes.max() >= n_genes):
-        raise ValueError("an index is out of range")
     rows = sparse.csr_matrix((triple[:, 2], (cells - first, genes)), (stop - first, n_genes))
     for i in range(0, stop - first, CHUNK_CELLS):
         yield rows[i : i + CHUNK_CELLS]
 
 
 def _mtx_header(stream: IO[str], shape: tuple[int, int]) -> int:
-    line = stream.readline()
+    line = stream.readline(_LONGEST_LINE)
     if not line.startswith("%%MatrixMarket matrix coordinate"):
         raise ValueError("matrix.mtx does not begin as a sparse Matrix Market file")
     while line.startswith("%"):
-        line = stream.readline()
+        while line and not line.endswith("\n"):
+            line = stream.readline(_LONGEST_LINE)
+        line = stream.readline(_LONGEST_LINE)
     n_genes, n_cells, n_values = (int(word) for word in line.split())
     if (n_cells, n_genes) != shape:
         raise ValueError(f"matrix.mtx has {n_cells} cells and {n_genes} genes, the tables {shape[0]} and {shape[1]}")
     return n_values
-
-
-def _open_text(file: Path) -> IO[str]:
-    return gzip.open(file, "rt", encoding="ascii") if file.suffix == ".gz" else open(file, encoding="ascii")
 
 
 def _first_of(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -458,4 +470,6 @@ def _first_of(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _texts(dataset: h5py.Dataset) -> list[str]:
+    if dataset.dtype.kind not in "SOU":
+        raise ValueError(f"names are {dataset.dtype}")
     return [one.decode() if isinstance(one, bytes) else str(one) for one in dataset[:]]

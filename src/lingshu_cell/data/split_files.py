@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from typing import Any
 
 from lingshu_cell.data.condition_splits import TEST, TRAIN, VALIDATION, Condition, ConditionSplit, HeldOut
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import read_toml
 
 _TOP = {
     "perturbation_key": str,
@@ -185,6 +185,8 @@ def import_state_toml(
     """
     values = _read_toml(path)
     sections = {name: values.get(name, {}) for name in _STATE_SECTIONS}
+    if wrong := [name for name, section in sections.items() if not isinstance(section, Mapping)]:
+        raise LingshuError("Sections of State hold entries", f"not so in {path}: {offenders(wrong)}", "Mend the file")
     if not (sections["zeroshot"] or sections["fewshot"]):
         finding = f"{path} has {offenders(values)}"
         remedy = "Check that it is State's file"
@@ -199,7 +201,7 @@ def import_state_toml(
     held_out: dict[str, list[Condition]] = {VALIDATION: [], TEST: []}
     whole: dict[str, set[str]] = {VALIDATION: set(), TEST: set()}
     for identity, part in _state_entries(sections["zeroshot"], dataset, str(path)).items():
-        if part not in _STATE_PARTS:
+        if not isinstance(part, str) or part not in _STATE_PARTS:
             raise LingshuError("State's parts are train, val and test", f"'{identity}' = {part!r}", "Mend the file")
         if part != "train":
             whole[_STATE_PARTS[part]].add(identity)
@@ -294,6 +296,10 @@ def _entries(
 
 
 def _check_keys(values: Mapping[str, Any], known: Mapping[str, type], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise LingshuError(
+            "A section of a split holds keys", f"{where} is {values!r}", "Write [section] and key = value"
+        )
     for key, value in values.items():
         if key not in known:
             close = get_close_matches(str(key), list(known), n=1, cutoff=0.5)
@@ -348,10 +354,7 @@ def _key(key: str) -> str:
 
 
 def _read_toml(path: Path | str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LingshuError("A split must be a readable TOML file", f"{path}: {error}", "Mend the file") from None
+    return read_toml(path, "A split must be a readable TOML file")
 
 
 def _warn(text: str) -> None:

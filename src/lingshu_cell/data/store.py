@@ -23,6 +23,7 @@ from lingshu_cell.data.store_files import damaged, read_manifest
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import expanded
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
 DATA_SET = "data_set"
@@ -367,7 +368,7 @@ def open_store(path: Path | str, verify: bool = False) -> Store:
     LingshuError
         If there is no store, it is unfinished, of another format, or a file is missing, cut off or changed.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     manifest = read_manifest(path)
     for file, facts in manifest["files"].items():
         try:

@@ -1,12 +1,12 @@
 """The files of a training store: their names, the manifest, checksums, and what is said when one is damaged."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from lingshu_cell.checksums import checksum
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -15,6 +15,8 @@ WORK = ".work"
 
 _FILE = re.compile(r"(shards/shard-\d{6}\.h5ad|arrays/[a-z0-9_]{1,40}\.npy)")
 _MOST_MANIFEST_BYTES = 1 << 28
+_WHOLE = "A store must be whole"
+_REMEDY = "Copy it again from where it came, or prepare it again"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -33,13 +35,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is {'not: lingshu prepare was interrupted' if begun else 'no store'}",
             "Give the same command again, it goes on where it stopped" if begun else "Make one with lingshu prepare",
         )
-    try:
-        if file.stat().st_size > _MOST_MANIFEST_BYTES:
-            raise damaged(path, "manifest.json is too large")
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise damaged(path, f"manifest.json: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_json(file, _WHOLE, _REMEDY, _MOST_MANIFEST_BYTES)
+    if not isinstance(manifest.get("files"), dict):
         raise damaged(path, "manifest.json is no manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise LingshuError(
@@ -61,6 +58,4 @@ def shard_file(number: int) -> str:
 
 def damaged(path: Path, finding: str) -> LingshuError:
     """Say that a store is not whole."""
-    return LingshuError(
-        "A store must be whole", f"{path}: {finding}", "Copy it again from where it came, or prepare it again"
-    )
+    return LingshuError(_WHOLE, f"{path}: {finding}", _REMEDY)

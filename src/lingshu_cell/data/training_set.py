@@ -186,10 +186,11 @@ def assemble(
         train = _cap_controls(train, is_control, control_share, split_seed, notes)
     detected_in = np.bincount(counts[train].indices, minlength=len(vocabulary))
     is_modelled = detected_in >= max(min_cells_per_gene, 0)
-    if not is_modelled.any():
+    if is_modelled.sum() < 2:  # the law of masks is one of how much some genes say of others
         raise LingshuError(
-            "Some genes must be detected often enough to model",
-            f"none of {len(vocabulary)} is detected in {min_cells_per_gene} of {len(train)} training cells",
+            "Two genes or more must be detected often enough to model",
+            f"{is_modelled.sum() or 'none'} of {len(vocabulary)} is detected in {min_cells_per_gene} of {len(train)} "
+            "training cells",
             "Use more cells or lower data.min_cells_per_gene",
         )
     modelled = np.flatnonzero(is_modelled)

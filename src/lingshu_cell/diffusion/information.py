@@ -110,6 +110,7 @@ def measure_curve(
     minibatches: Iterable[tuple[Tensor, Conditions | Tensor]],
     visible: np.ndarray,
     generator: torch.Generator,
+    most_cells: int | None = None,
 ) -> InformationCurve:
     """Measure h(n) on cells the network has not seen, in one evaluation per cell and knot.
 
@@ -127,11 +128,18 @@ def measure_curve(
         Visible counts of the knots, see :func:`knots`.
     generator
         Source of the orders, on the device of the cells.
+    most_cells
+        Cells evaluated at once; whole minibatches when not given. Orders do not depend on it.
     """
     curves, n_genes = [], 0
     for x_0_BG, conditions in minibatches:
         n_genes = x_0_BG.shape[1]
-        curves.append(_cell_curves(denoise, x_0_BG, conditions, visible, generator).double().cpu().numpy())
+        order_BG = torch.rand(x_0_BG.shape, generator=generator, device=x_0_BG.device)
+        step = most_cells or len(x_0_BG)
+        for part in (slice(start, start + step) for start in range(0, len(x_0_BG), step)):
+            told = Conditions.of(conditions).rows(part)
+            curve_BK = _cell_curves(denoise, x_0_BG[part], told, visible, order_BG[part])
+            curves.append(curve_BK.double().cpu().numpy())
     nats_NK = np.concatenate(curves)
     spread_K = (nats_NK - nats_NK[:, :1]).std(0, ddof=1) if len(nats_NK) > 1 else np.zeros(len(visible))
     return InformationCurve(
@@ -144,12 +152,11 @@ def measure_curve(
 
 
 def _cell_curves(
-    denoise: Denoise, x_0_BG: Tensor, conditions: Conditions | Tensor, visible: np.ndarray, generator: torch.Generator
+    denoise: Denoise, x_0_BG: Tensor, conditions: Conditions, visible: np.ndarray, order_BG: Tensor
 ) -> Tensor:
     """Each cell's own estimate of h at the knots, B × K."""
     measured_BG = x_0_BG != MASK_TOKEN
     n_measured_B1 = measured_BG.sum(1, keepdim=True)
-    order_BG = torch.rand(x_0_BG.shape, generator=generator, device=x_0_BG.device)
     rank_BG = reveal_ranks(order_BG, measured_BG)
     h_B, curve, before = torch.zeros(len(x_0_BG), device=x_0_BG.device), [], None
     for n in visible.tolist():

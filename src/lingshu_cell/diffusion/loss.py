@@ -3,6 +3,8 @@
 Shapes: B cells, G genes.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,16 +56,54 @@ def nll_per_hidden_share(
     shape B.
     """
     x_t_BG = hide(x_0_BG, visible_B, generator)
-    scored_BG = (x_t_BG == MASK_TOKEN) & (x_0_BG != MASK_TOKEN)
-    return denoise(x_t_BG, conditions).nll(x_0_BG, scored_BG) / (1 - visible_B)
+    return hidden_nll(of_answers(denoise), x_t_BG, x_0_BG, conditions) / (1 - visible_B)
+
+
+Nll = Callable[[Tensor, Conditions | Tensor, Tensor, Tensor], Tensor]
+"""``nll(x_t_BG, conditions, x_0_BG, scored_BG)``: nats of the scored genes of each cell, shape B."""
+
+
+def of_answers(denoise: Denoise) -> Nll:
+    """Score by what a denoiser answers."""
+    return lambda x_t_BG, conditions, x_0_BG, scored_BG: denoise(x_t_BG, conditions).nll(x_0_BG, scored_BG)
+
+
+def hidden_nll(nll: Nll, x_t_BG: Tensor, x_0_BG: Tensor, conditions: Conditions | Tensor) -> Tensor:
+    """Cross-entropy of the hidden genes of each cell, those that were measured; nats, shape B."""
+    return nll(x_t_BG, conditions, x_0_BG, (x_t_BG == MASK_TOKEN) & (x_0_BG != MASK_TOKEN))
 
 
 @torch.no_grad()
 def validation_nelbo(
-    denoise: Denoise, x_0_BG: Tensor, conditions: Conditions | Tensor, generator: torch.Generator, n_masks: int = 8
+    denoise: Denoise,
+    x_0_BG: Tensor,
+    conditions: Conditions | Tensor,
+    generator: torch.Generator,
+    n_masks: int = 8,
+    parts: Sequence[slice] = (slice(None),),
 ) -> Tensor:
-    """Estimate the negative ELBO of held-out cells with masks stratified over the visible share; nats per cell,
-    shape B.
+    """Estimate the negative ELBO of held-out cells with masks stratified over the visible share.
+
+    Parameters
+    ----------
+    denoise, x_0_BG, conditions, generator
+        As for :func:`nelbo_estimate`.
+    n_masks
+        Masks per cell.
+    parts
+        Rows to evaluate, part by part; masks are drawn for all rows, so they do not depend on the parts.
+
+    Returns
+    -------
+    Tensor
+        Nats per cell of the rows in ``parts``, one part after the other.
     """
-    estimates = [nelbo_estimate(denoise, x_0_BG, conditions, MaskLaw(0.0), generator) for _ in range(n_masks)]
+    law, conditions = MaskLaw(0.0), Conditions.of(conditions)
+    estimates = []
+    for _ in range(n_masks):
+        visible_B, weight_B = law.draw(len(x_0_BG), x_0_BG.shape[1], generator)
+        x_t_BG = hide(x_0_BG, visible_B, generator)
+        found = [hidden_nll(of_answers(denoise), x_t_BG[p], x_0_BG[p], conditions.rows(p)) for p in parts]
+        weight_B = weight_B / (1 - visible_B)
+        estimates.append(torch.cat(found) * torch.cat([weight_B[p] for p in parts]))
     return torch.stack(estimates).mean(0)

@@ -4,6 +4,7 @@ Shapes: B cells, G genes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,41 @@ class MaskLaw:
         """Density of the visible share on (0, 1)."""
         log_density = torch.where(visible * n_genes >= 1, 1 / (visible.clamp_min(1e-12) * math.log(n_genes)), 0.0)
         return (1 - self.log_uniform_share) + self.log_uniform_share * log_density
+
+
+TILE_CELLS = 16
+"""Neighbours in a minibatch that draw their masks together; a part of a minibatch draws for whole tiles."""
+
+
+def hide_by_place(x_0_BG: Tensor, visible_B: Tensor, tile_seed: Callable[[int], int], first: int) -> Tensor:
+    """Hide every gene independently, by draws that belong to the places of a minibatch.
+
+    Whoever holds the rows from ``first`` on hides the same genes in them as one who holds the whole minibatch.
+
+    Parameters
+    ----------
+    x_0_BG
+        Expression tokens of some neighbours in the minibatch.
+    visible_B
+        Visible share of each of them, in [0, 1].
+    tile_seed
+        The seed of each tile of ``TILE_CELLS`` places, 0, 1, ….
+    first
+        Place of the first row.
+
+    Returns
+    -------
+    Tensor
+        ``x_t_BG``: the tokens with ``MASK_TOKEN`` where hidden.
+    """
+    n, n_genes = x_0_BG.shape
+    tiles = range(first // TILE_CELLS, -(-(first + n) // TILE_CELLS))
+    uniform_BG = torch.empty(len(tiles) * TILE_CELLS, n_genes, device=x_0_BG.device)
+    for tile, rows_BG in zip(tiles, uniform_BG.split(TILE_CELLS), strict=True):
+        generator = torch.Generator(x_0_BG.device).manual_seed(tile_seed(tile))
+        torch.rand(rows_BG.shape, generator=generator, out=rows_BG)
+    offset = first - tiles[0] * TILE_CELLS if n else 0
+    return torch.where(uniform_BG[offset : offset + n] < visible_B[:, None], x_0_BG, MASK_TOKEN)
 
 
 def hide(x_0_BG: Tensor, visible_B: Tensor, generator: torch.Generator) -> Tensor:

@@ -59,7 +59,7 @@ def choose_schedule(
     LingshuError
         On an unknown schedule, an impossible number of steps or budget, or a wish that needs a curve.
     """
-    if schedule[:1].isdigit():
+    if isinstance(schedule, str) and schedule[:1].isdigit():
         return _custom(schedule, n_genes, curve)
     name = schedule if schedule != "auto" else "geometric" if curve is None else "optimal"
     if name not in SCHEDULES:
@@ -68,8 +68,8 @@ def choose_schedule(
             f"'{name}'",
             f"Choose one of {', '.join((*SCHEDULES, 'auto'))}, or counts like 1,10,100",
         )
-    if isinstance(steps, str) and steps != "auto":
-        raise LingshuError("The number of steps must be a whole number or auto", f"'{steps}'", "Change --steps")
+    if steps != "auto" and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer))):
+        raise LingshuError("The number of steps must be a whole number or auto", f"{steps!r}", "Change --steps")
     if not max_kl > 0:
         raise LingshuError("The KL budget must be more than 0 nats per cell", f"{max_kl:g}", "Change --max-kl")
     if curve is None and (isinstance(steps, str) or name == "optimal"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from scipy import sparse
 
 from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.input_files import read_json
 from lingshu_cell.metrics.folder import holding_output, package_versions, write_folder
 
 COLUMNS = (
@@ -230,13 +230,18 @@ def read_differential(folder: Path) -> DifferentialTables:
     try:
         index = pd.read_csv(folder / INDEX_NAME, dtype={"file": str, "condition": str, "perturbation": str})
         index["file"] = index["file"].fillna("")
-        facts = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))
+        strange = [file for file in index["file"] if Path(file).name != file]
+        if strange:
+            raise ValueError(f"tables lie beside their index, which names {offenders(strange)}")
+        facts = read_json(folder / FACTS_NAME, f"{FACTS_NAME} must be a JSON object", "Run lingshu de again")
         written = index[index["file"] != ""]
         tables = {
             row.condition: pd.read_csv(folder / row.file, dtype={"gene": str}, keep_default_na=False)
             for row in written.itertuples()
         }
-    except (OSError, KeyError, ValueError) as error:
+    except LingshuError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise LingshuError(
             "A folder of DE tables must be whole", f"{folder}: {error}", "Run lingshu de again and give its folder"
         ) from error

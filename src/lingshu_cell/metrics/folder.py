@@ -56,14 +56,18 @@ def provenance(path: Path) -> dict[str, Any] | None:
 
     if not h5py.is_hdf5(path):
         return None
-    with h5py.File(path, "r") as file:
-        found = read_elem(file["uns/lingshu_cell"]) if "uns/lingshu_cell" in file else None
+    try:
+        with h5py.File(path, "r") as file:
+            found = read_elem(file["uns/lingshu_cell"]) if "uns/lingshu_cell" in file else None
+    except Exception:  # damaged in any way: a remark, no data
+        return None
     if isinstance(found, str):
         try:
             found = json.loads(found)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return {"text": found}
-    return None if found is None else plain(found)
+    found = None if found is None else plain(found)
+    return found if found is None or isinstance(found, dict) else {"text": str(found)}
 
 
 def plain(value: Any) -> Any:

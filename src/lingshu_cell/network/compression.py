@@ -91,7 +91,7 @@ class GroupedSoftmax(CountDistribution):
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`; logits are computed again on the way back, so none outlives its piece."""
         positions = Positions.where(scored_BG)
-        total_B = torch.zeros(len(x_0_BG), device=x_0_BG.device)
+        total_B = self._h_BPD[..., :0].float().sum((1, 2))  # zeros with a way back, even where nothing is scored
         for piece, weight_VD in self._pieces(positions):
             where = positions[piece]
             target_M = where.of(x_0_BG).long()

@@ -74,6 +74,16 @@ class Conditions:
     def __len__(self) -> int:
         return len(self.category_BC)
 
+    def rows(self, rows: slice) -> "Conditions":
+        """Give the conditions of some of the cells."""
+        of_cells = {f: getattr(self, f) for f in ("category_BC", "perturbation_BP", "dose_BP", "depth_B")}
+        tables = {f: getattr(self, f) for f in ("context", "effect")}
+        return replace(
+            self,
+            **{f: None if value is None else value[rows] for f, value in of_cells.items()},
+            **{f: None if p is None else replace(p, row_B=p.row_B[rows]) for f, p in tables.items()},
+        )
+
     def only(self, known_B: Tensor) -> "Conditions":
         """Forget every condition of the cells where ``known_B`` is false."""
         rest = self.without_categories(known_B).without_perturbation(known_B)

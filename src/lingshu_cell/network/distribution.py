@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from lingshu_cell.network.conditions import Conditions
-from lingshu_cell.network.tilting import solve_tilt, tilted
-
-_POSITIONS_AT_ONCE = 1 << 15  # 281 numbers each
 
 
 @dataclass(frozen=True)
@@ -69,18 +66,14 @@ class CountDistribution(ABC):
     def log_probabilities(self, positions: Positions) -> Tensor:
         """Normalised log-probabilities of all tokens at the positions, float32, shape M × V."""
 
+    def log_p_zero(self, positions: Positions) -> Tensor:
+        """Log-probability of a count of 0 at the positions, float32, shape M."""
+        return self.log_probabilities(positions)[:, 0]
+
     def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
         """Logarithm of the mean count at the positions, float32, shape M; ``count_V`` is the count of each token."""
         p_MV = self.log_probabilities(positions).exp()
         return torch.log((p_MV * count_V).sum(-1).clamp_min(1e-30))  # a product of matrices would obey an autocast
-
-    def tilts(self, positions: Positions, log_shift_M: Tensor, count_V: Tensor) -> Tensor:
-        """Tilts that move the log mean of each position by a stated amount, shape M; see :mod:`.tilting`."""
-        return solve_tilt(self.log_probabilities(positions), count_V, log_shift_M)
-
-    def tilted_log_probabilities(self, positions: Positions, tilt_M: Tensor, count_V: Tensor) -> Tensor:
-        """As :meth:`log_probabilities`, each position tilted."""
-        return tilted(self.log_probabilities(positions), tilt_M, count_V)
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """Draw a token at each position from the plain categorical, by inverse distribution function in fp32.
@@ -98,14 +91,6 @@ class CountDistribution(ABC):
             Expression tokens, int64, shape M.
         """
         return draw_tokens(self.log_probabilities(positions), uniform_M2)
-
-    def draw_tilted(self, positions: Positions, uniform_M2: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
-        """As :meth:`draw`, each position tilted."""
-        drawn = [
-            draw_tokens(self.tilted_log_probabilities(positions[some], tilt_M[some], count_V), uniform_M2[some])
-            for some in torch.arange(len(positions), device=tilt_M.device).split(_POSITIONS_AT_ONCE)
-        ]
-        return torch.cat(drawn)
 
 
 Denoise = Callable[[Tensor, Conditions | Tensor], CountDistribution]

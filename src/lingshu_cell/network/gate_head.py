@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lingshu_cell.network.distribution import CountDistribution, Positions, draw_tokens, invert_cdf
+from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.network.perturbation import Offsets
-from lingshu_cell.network.tilting import solve_tilt, tilted
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
 N_STATISTICS = 3
 _TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
 _LEAST_TAIL = 1e-4  # probability of counts of K and more, given that there are any, below which means do without
-_POSITIONS_AT_ONCE = 1 << 15  # 281 numbers each
 _DENSE_FROM = 100  # below 1 position in 100, gathered rows cost less than one dense product
 
 
@@ -171,6 +169,10 @@ class GatedDistribution(CountDistribution):
         tail_MV = torch.log_softmax(self._tail_logits(positions), -1) + small_MK[:, -1:]
         return torch.cat([F.logsigmoid(-gate_M1), small_MK[:, :-1], tail_MV], dim=1)
 
+    def log_p_zero(self, positions: Positions) -> Tensor:
+        """See :meth:`CountDistribution.log_p_zero`."""
+        return F.logsigmoid(-self._gate_logits_at(positions))
+
     def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
         """See :meth:`CountDistribution.log_mean`; the tail is looked at only where it has weight."""
         k = self._head.n_small_values
@@ -181,38 +183,6 @@ class GatedDistribution(CountDistribution):
             tail_T = torch.softmax(self._tail_logits(positions[heavy]), -1) @ count_V[k:]
         mean_M = mean_M.index_add(0, heavy, p_MK[heavy, -1] * tail_T)
         return F.logsigmoid(self._gate_logits_at(positions)) + torch.log(mean_M.clamp_min(1e-30))
-
-    def tilts(self, positions: Positions, log_shift_M: Tensor, count_V: Tensor) -> Tensor:
-        """See :meth:`CountDistribution.tilts`; 17 categories do where the tail has no weight, also when tilted."""
-        k = self._head.n_small_values
-        short_MK = self._short(positions)
-        tilt_M = solve_tilt(short_MK, count_V[: k + 1], log_shift_M)
-        for some in self._heavy(short_MK, tilt_M, count_V).split(_POSITIONS_AT_ONCE):
-            tilt_M[some] = solve_tilt(self.log_probabilities(positions[some]), count_V, log_shift_M[some])
-        return tilt_M
-
-    def draw_tilted(self, positions: Positions, uniform_M2: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
-        """See :meth:`CountDistribution.draw_tilted`."""
-        k = self._head.n_small_values
-        short_MK = self._short(positions)
-        token_M = draw_tokens(tilted(short_MK, tilt_M, count_V[: k + 1]), uniform_M2)
-        again = torch.cat([self._heavy(short_MK, tilt_M, count_V), torch.nonzero(token_M >= k)[:, 0]]).unique()
-        if len(again):
-            token_M[again] = super().draw_tilted(positions[again], uniform_M2[again], tilt_M[again], count_V)
-        return token_M
-
-    def _short(self, positions: Positions) -> Tensor:
-        """Log-probabilities of 0, 1, …, K - 1, "K or more", M × (K + 1)."""
-        small_MK = torch.log_softmax(self._small_logits(positions), -1)
-        gate_M1 = self._gate_logits_at(positions)[:, None]
-        return torch.cat([F.logsigmoid(-gate_M1), F.logsigmoid(gate_M1) + small_MK], dim=1)
-
-    @staticmethod
-    def _heavy(short_MK: Tensor, tilt_M: Tensor, count_V: Tensor) -> Tensor:
-        """Positions whose tail has weight before or after the tilt, given that the count is not 0; as indices."""
-        before_M = torch.softmax(short_MK[:, 1:], -1)[:, -1]
-        after_M = tilted(short_MK[:, 1:], tilt_M, count_V[1 : short_MK.shape[1]]).exp()[:, -1]
-        return torch.nonzero(torch.maximum(before_M, after_M) > _LEAST_TAIL)[:, 0]
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw`; values are drawn only for the genes that come out non-zero."""
@@ -279,9 +249,9 @@ class GatedDistribution(CountDistribution):
         query_BJE = query(self._h_BD).unflatten(1, (N_STATISTICS, -1))
         codes_GE = self._head.gene_GE
         if len(positions) > len(query_BJE) * len(codes_GE) // _DENSE_FROM:
-            tilt_BGJ = (
-                torch.matmul(query_BJE.flatten(0, 1), codes_GE.T).unflatten(0, (-1, N_STATISTICS)).transpose(1, 2)
-            )
-            return tilt_BGJ[positions.cell_M, positions.gene_M]
+            tilt_BJG = torch.matmul(query_BJE.flatten(0, 1), codes_GE.T)
+            first_M1 = (positions.cell_M * N_STATISTICS * len(codes_GE) + positions.gene_M)[:, None]
+            place_MJ = first_M1 + torch.arange(N_STATISTICS, device=first_M1.device) * len(codes_GE)
+            return tilt_BJG.flatten().index_select(0, place_MJ.flatten()).unflatten(0, (-1, N_STATISTICS))
         query_MJE = query_BJE.index_select(0, positions.cell_M)
-        return torch.einsum("mje,me->mj", query_MJE, codes_GE.index_select(0, positions.gene_M))
+        return (query_MJE * codes_GE.index_select(0, positions.gene_M)[:, None]).sum(-1)

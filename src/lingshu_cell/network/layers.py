@@ -22,6 +22,25 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+class RowDropout(nn.Module):
+    """Dropout whose draws belong to the places of a minibatch, so that parts of it may be computed apart.
+
+    Draws come from the global random state, for all places of the minibatch; rows read those of their places.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.first, self.n_places = 0, None
+
+    def forward(self, h_BD: Tensor) -> Tensor:
+        """Drop numbers of ... × D at random in training, and scale the others up."""
+        if not self.training or self.p == 0:
+            return h_BD
+        keep = torch.rand(self.n_places or len(h_BD), *h_BD.shape[1:], device=h_BD.device) >= self.p
+        return h_BD * keep[self.first : self.first + len(h_BD)] / (1 - self.p)
+
+
 def rotary_angles(
     n_positions: int, head_width: int, device: torch.device, base: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:

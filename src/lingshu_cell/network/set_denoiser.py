@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.distribution import CountDistribution, Denoiser, PartialCells, Positions
 from lingshu_cell.network.gate_head import N_STATISTICS, GateHead
-from lingshu_cell.network.layers import SwiGLU
+from lingshu_cell.network.layers import RowDropout, SwiGLU
 from lingshu_cell.network.perturbation import ContextReader, DepthReader, EffectReader, PerturbationReader, Response
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
@@ -274,7 +274,7 @@ class _TrunkBlock(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.modulation = nn.Linear(_N_FEATURES, 2 * width)
         self.feedforward = SwiGLU(width, feedforward_width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
 
     def forward(self, h_BD: Tensor, feature_BF: Tensor) -> Tensor:
         scale_BD, shift_BD = self.modulation(feature_BF).chunk(2, dim=-1)

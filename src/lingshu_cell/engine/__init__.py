@@ -1,0 +1,1 @@
+"""The engine of training: processes, sharding, one optimiser step."""

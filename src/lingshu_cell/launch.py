@@ -1,0 +1,140 @@
+"""Start the processes of one training on this machine: what torchrun does, with one line for the user where it ends.
+
+Needs neither torch nor a rendezvous: the first process is where the others meet.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from lingshu_cell.errors import LostProcessError
+
+LAUNCHED = "LINGSHU_LAUNCHED"
+"""Set in the environment of the processes: who started them says what became of them."""
+
+LOST_REMEDY = "The last checkpoint, if there is one, is whole: go on with --resume and any number of processes"
+
+_ENDING_SECONDS, _GRACE_SECONDS = 5.0, 30.0  # after one ended badly: until the others are asked to end, and made to
+_POLL_SECONDS = 0.05
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several already, started by :func:`launch` or by torchrun."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is the one that reports: the first of several, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(arguments: Sequence[str], n_processes: int) -> int:
+    """Run the command line in several processes and wait for all of them.
+
+    Parameters
+    ----------
+    arguments
+        Of the command ``lingshu``.
+    n_processes
+        How many.
+
+    Returns
+    -------
+    int
+        The exit code: that of the first process that did not end well, which has said why.
+
+    Raises
+    ------
+    LostProcessError
+        If a process was killed.
+    KeyboardInterrupt
+        If processes were killed because somebody asked twice to stop.
+    """
+    with _signals_passed_on() as running:
+        for rank in range(n_processes):
+            environment = _environment(rank, n_processes, running.port)
+            command = [sys.executable, "-m", "lingshu_cell.cli", *arguments]
+            # a session of their own: Ctrl-C at the terminal reaches them once, through this process
+            running.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        code = running.wait()
+    if code < 0 and running.asked:
+        raise KeyboardInterrupt
+    if code < 0:
+        lost = next(i for i, process in enumerate(running.processes) if process.returncode == code)
+        raise LostProcessError(
+            "All processes must live to the end",
+            f"process {lost} of {n_processes} was ended by {signal.Signals(-code).name}",
+            LOST_REMEDY,
+        )
+    return code
+
+
+def _environment(rank: int, n_processes: int, port: int) -> dict[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # without stacks of C++ where a process meets another's end
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        LAUNCHED: "1",
+    }
+
+
+class _Running:
+    """The processes, and what is done when one of them ends or somebody asks all to stop."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.asked = 0
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def ask(self, number: int, frame: object) -> None:
+        """Pass a signal on; the second time, kill."""
+        self.asked += 1
+        self.tell(signal.Signals(number) if self.asked == 1 else signal.SIGKILL)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal to all that run."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for all; once one has ended badly, the others have some time left. Gives the first bad exit code."""
+        first_bad, ends = 0, []
+        while True:
+            codes = [process.poll() for process in self.processes]
+            bad = [code for code in codes if code]
+            if bad and not first_bad:
+                first_bad = min(bad)  # a killed process explains what the others met
+                now = time.monotonic()
+                ends = [(now + _ENDING_SECONDS, signal.SIGTERM), (now + _GRACE_SECONDS, signal.SIGKILL)]
+            if None not in codes:
+                return first_bad
+            if ends and time.monotonic() > ends[0][0]:
+                self.tell(ends.pop(0)[1])
+            time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[_Running]:
+    """Give the processes every Ctrl-C and SIGTERM that comes here, while the block runs."""
+    running = _Running()
+    before = {number: signal.signal(number, running.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield running
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        running.tell(signal.SIGKILL)

@@ -1,0 +1,229 @@
+"""How well a network in training foretells conditions held out for validation, without generating a cell.
+
+With all genes hidden a denoiser states the mean of every gene: under a perturbation and under control, hence a log fold
+change, to be compared with the measured one.
+
+Shapes: B cells, K validation conditions, G modelled genes, C condition fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from lingshu_cell.checkpoint import holds_step, mark_best, read_best
+from lingshu_cell.conditioning import Conditioner
+from lingshu_cell.data.tokenizer import token_midpoints
+from lingshu_cell.data.training_set import TrainingSet
+from lingshu_cell.diffusion.loss import validation_nelbo
+from lingshu_cell.expected_effects import with_expected_effects
+from lingshu_cell.history import RunTable
+from lingshu_cell.network.distribution import Denoise, Positions
+from lingshu_cell.tokens import MASK_TOKEN
+
+FILE = "conditions.csv"
+_COLUMNS = ("step", "condition", "r", "slope", "explained")
+_TARGET_SUM = 1e4
+_PSEUDOCOUNT = 0.5  # counts in 10,000: folds of genes hardly seen are noise
+_LEAST_CELLS = 8  # perturbed and control cells of a condition, for its folds to be measured
+_MOST_CELLS = 128  # for the NELBO, spread over the conditions
+_N_MASKS = 2
+
+
+@dataclass(frozen=True)
+class Score:
+    """Predicted log fold changes p against measured ones m, over genes.
+
+    Attributes
+    ----------
+    r
+        Their Pearson correlation.
+    slope
+        Σ p² / Σ p m: how much larger predicted changes are; noise in m does not bias it. ``None`` where they have
+        nothing in common.
+    explained
+        1 - Σ (m - p)² / Σ m²: 1 is perfect, 0 as good as predicting no change.
+    """
+
+    r: float
+    slope: float | None
+    explained: float
+
+
+def compare(predicted_G: np.ndarray, measured_G: np.ndarray) -> Score:
+    """Compare predicted with measured log fold changes."""
+    joint, size = float(predicted_G @ measured_G), float(predicted_G @ predicted_G)
+    p, m = predicted_G - predicted_G.mean(), measured_G - measured_G.mean()
+    r = float(p @ m / max(np.sqrt((p @ p) * (m @ m)), 1e-12))
+    explained = 1 - float(((measured_G - predicted_G) ** 2).sum()) / max(float(measured_G @ measured_G), 1e-12)
+    return Score(r, size / joint if joint > 0 else None, explained)
+
+
+@dataclass(eq=False)
+class ValidationConditions:
+    """The validation conditions of a run, and the best step so far.
+
+    Attributes
+    ----------
+    conditioner
+        That of the run, with the effects expected of these conditions.
+    names, row_KC, dose_K
+        Label, condition row and mean standardised dose of each.
+    measured_KG
+        Measured log fold changes against control cells of the same identity.
+    tokens, cell_row_BC, cell_dose_B
+        Perturbed validation cells: expression tokens B × G, condition rows, doses.
+    best, best_step
+        Score of the best step, the mean of ``explained``, and the step.
+    """
+
+    conditioner: Conditioner
+    names: tuple[str, ...]
+    row_KC: np.ndarray
+    dose_K: np.ndarray
+    measured_KG: np.ndarray
+    tokens: np.ndarray
+    cell_row_BC: np.ndarray
+    cell_dose_B: np.ndarray
+    best: float | None = None
+    best_step: int | None = None
+
+    @classmethod
+    def of(
+        cls, cells: TrainingSet, conditioner: Conditioner, dose_N: np.ndarray | None
+    ) -> "ValidationConditions | None":
+        """Find the perturbed conditions that validation cells have and training cells do not; ``None`` where there are
+        none with enough cells, and control cells, to measure anything.
+        """
+        if conditioner.perturbation_key is None or not len(cells.validation):
+            return None
+        known_RC, _ = cells.condition_frequencies()
+        known, validation = {tuple(row) for row in known_RC.tolist()}, cells.condition_NC[cells.validation]
+        controls = np.union1d(np.flatnonzero(cells.context_cells), cells.validation)
+        controls = controls[~conditioner.is_perturbed(cells.condition_NC[controls])]
+        counts, doses = cells.counts(), np.zeros(len(cells.condition_NC)) if dose_N is None else dose_N
+        rows, measured, dose, chosen = [], [], [], []
+        for row in np.unique(validation[conditioner.is_perturbed(validation)], axis=0):
+            perturbed = cells.validation[(validation == row).all(1)]
+            at_rest = controls[(cells.condition_NC[controls] == conditioner.as_control(row[None])[0]).all(1)]
+            if tuple(row.tolist()) in known or min(len(perturbed), len(at_rest)) < _LEAST_CELLS:
+                continue
+            rows.append(row)
+            measured.append(_log_mean(counts[perturbed]) - _log_mean(counts[at_rest]))
+            dose.append(doses[perturbed].mean())
+            chosen.append(perturbed)
+        if not rows:
+            return None
+        row_KC, each = np.stack(rows), max(_MOST_CELLS // len(rows), 1)
+        some = np.concatenate([one[:: -(-len(one) // each)] for one in chosen])
+        extended, _ = with_expected_effects(conditioner, row_KC, known_RC)
+        labels = extended.vocabulary.decode(row_KC).astype(str).to_numpy()
+        return cls(
+            extended,
+            tuple(" / ".join(one) for one in labels),
+            row_KC,
+            np.array(dose),
+            np.stack(measured),
+            cells.dense_tokens(some),
+            cells.condition_NC[some],
+            doses[some],
+        )
+
+    @torch.no_grad()
+    def scores(self, denoise: Denoise, device: torch.device) -> list[Score]:
+        """Score every condition; the network is in evaluation mode."""
+        hidden_1G = torch.full((1, self.measured_KG.shape[1]), MASK_TOKEN, dtype=torch.int16, device=device)
+        everywhere, found = Positions.where(hidden_1G == MASK_TOKEN), []
+        count_V = torch.from_numpy(token_midpoints()).float().to(device)
+        for row_C, dose, measured_G in zip(self.row_KC, self.dose_K, self.measured_KG, strict=True):
+            log_means = []
+            for row_1C, one_dose in ((row_C[None], dose), (self.conditioner.as_control(row_C[None]), 0.0)):
+                told = self.conditioner.conditions(row_1C, dose_N=np.array([one_dose])).to(device)
+                mean_G = denoise(hidden_1G, told).log_mean(everywhere, count_V).double().exp()
+                log_means.append(torch.log(_TARGET_SUM * mean_G / mean_G.sum() + _PSEUDOCOUNT).cpu().numpy())
+            found.append(compare(log_means[0] - log_means[1], measured_G))
+        return found
+
+    @torch.no_grad()
+    def nelbo(self, denoise: Denoise, device: torch.device) -> float:
+        """Estimate the NELBO of cells of these conditions, nats per cell, always under the same masks."""
+        generator = torch.Generator(device).manual_seed(2)
+        told = self.conditioner.conditions(self.cell_row_BC, dose_N=self.cell_dose_B).to(device)
+        x_0_BG = torch.from_numpy(self.tokens).to(device)
+        return float(validation_nelbo(denoise, x_0_BG, told, generator, _N_MASKS).mean())
+
+    def measure(self, denoise: Denoise, device: torch.device) -> tuple[list[Score], float]:
+        """Score all conditions, and give the NELBO of their cells; the network is in evaluation mode."""
+        return self.scores(denoise, device), self.nelbo(denoise, device)
+
+    def take_in(self, step: int, measured: tuple[list[Score], float]) -> tuple[dict[str, float], bool]:
+        """Remember the best step by what :meth:`measure` gave.
+
+        Returns
+        -------
+        tuple
+            Columns of history.csv, and whether no step before was better.
+        """
+        scores, nelbo = measured
+        slopes = [score.slope for score in scores if score.slope is not None]
+        score = float(np.mean([one.explained for one in scores]))
+        improved = self.best is None or score > self.best
+        if improved:
+            self.best, self.best_step = score, step
+        return {
+            "condition_nelbo": nelbo,
+            "condition_r": float(np.mean([one.r for one in scores])),
+            "condition_slope": float(np.mean(slopes)) if slopes else None,
+            "condition_explained": score,
+        }, improved
+
+    def begin(self, run: Path, step: int, best: Mapping[str, Any] | None, keep_best: bool) -> None:
+        """Begin the tables of a run, or go on from a step: forget what was measured after it.
+
+        Parameters
+        ----------
+        run
+            The run folder.
+        step
+            Where the run goes on; 0 for a new one.
+        best
+            What :meth:`best_so_far` said at that step.
+        keep_best
+            Mark it, if the run ended before it was marked.
+        """
+        self._table = RunTable(run / FILE, _COLUMNS, step, texts=("condition",))
+        if best is not None and keep_best and holds_step(run, best["step"]):
+            marked = read_best(run)
+            if marked is None or marked["step"] != best["step"]:
+                mark_best(run, best["step"], self._facts(best["condition_explained"]))
+
+    def keep(self, run: Path) -> None:
+        """Say that the best checkpoint, which was just measured and saved, is the best."""
+        mark_best(run, self.best_step, self._facts(self.best))
+
+    def best_so_far(self) -> dict[str, Any] | None:
+        """Give step and score of the best, for the manifest."""
+        return None if self.best is None else {"step": self.best_step, "condition_explained": self.best}
+
+    def write(self, step: int, measured: tuple[list[Score], float]) -> None:
+        """Append what :meth:`measure` gave to ``RUN/conditions.csv``."""
+        self._table.add(
+            *(
+                {"step": step, "condition": name, "r": s.r, "slope": s.slope, "explained": s.explained}
+                for name, s in zip(self.names, measured[0], strict=True)
+            )
+        )
+
+    def _facts(self, score: float) -> dict[str, Any]:
+        return {"condition_explained": score, "conditions": list(self.names)}
+
+
+def _log_mean(counts: sparse.csr_matrix) -> np.ndarray:
+    """Log of mean counts in 10,000, each cell weighing the same, shape G."""
+    totals = np.asarray(counts.sum(1)).ravel().astype(np.float64)
+    weight = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
+    return np.log(counts.T @ weight / max(np.count_nonzero(weight), 1) + _PSEUDOCOUNT)
