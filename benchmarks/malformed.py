@@ -1,6 +1,6 @@
 """How malformed inputs end: every named case of tests/malformed and random mutations of whole files, counted.
 
-Each runs in a process of its own under a limit of address space and time.
+Each runs in a fork of one process that has imported everything, under limits of address space and time.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from malformed.examples import write_examples
 from malformed.harness import MOST_GROWTH_MIB, SECONDS, Case, Outcome, Worker
 from malformed.mutations import KINDS, mutation
 
-_HEADER = ("input", "cases", "accepted", "refused", "mishandled", "longest, s", "most memory, MiB")
+_HEADER = ("input", "cases", "accepted", "refused", "mishandled", "longest, CPU s", "most memory, MiB")
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     table = [(name, *row.values()) for name, row in (*totals.items(), *rows.items())]
     about = (
         "Malformed inputs of every kind. Refused: exit code 2 and one line; accepted: the input is odd but right; "
-        f"mishandled: a traceback, another exit code, more than {SECONDS:.0f} s, or {MOST_GROWTH_MIB:.0f} MiB beyond "
+        f"mishandled: a traceback, another exit code, more than {SECONDS:.0f} CPU seconds, or {MOST_GROWTH_MIB:.0f} MiB beyond "
         "the start, code in the input executed, control characters printed, or refused where it had to be accepted and "
         "the other way round. Of mutations either end is right. "
         f"Random mutations have the seeds {options.seed} to {options.seed + options.mutations - 1}."

@@ -5,6 +5,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import campaign
 from commands import make_commands
-from processes import import_everything
+from forks import import_everything
 from recording import ROOT, Stopwatch, environment, say, write_result
 
 KEPT = ROOT / "build" / "faults"
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--result", default="faults", help="name of the result; - writes none")
     options = parser.parse_args()
     facts, watch = environment(), Stopwatch()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would commands
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     import_everything()
     with tempfile.TemporaryDirectory(prefix="lingshu-faults-") as scratch:
         work = Path(scratch) / "work"

@@ -17,7 +17,7 @@ import damage
 import disks
 import numpy as np
 from commands import Command, by_weight, contents, differing, half_written
-from processes import Disturbance, fork, started, whole_process, without_privileges
+from forks import Disturbance, fork, started, whole_process, without_privileges
 from recording import markdown_table, say
 
 PARTS = ("order", "kills", "disks", "damage", "rights", "twice")
@@ -69,9 +69,14 @@ class Campaign:
                 "section": section,
             }
 
+    @property
+    def alone(self) -> list[Command]:
+        """Commands of one process."""
+        return [command for command in self.commands if command.processes == 1]
+
     def place(self, name: str) -> Path:
         """Make a folder for a trial."""
-        folder = self.scratch / f"{name}-{time.monotonic_ns()}"
+        folder = self.scratch / f"{name.replace(', ', '-').replace(' ', '-')}-{time.monotonic_ns()}"
         folder.mkdir()
         return folder
 
@@ -80,7 +85,12 @@ class Campaign:
         command.begin(folder)
         before, size = contents(folder), disks.size_of(folder)
         record = folder.with_suffix(".json")
-        ended = fork(command.words, folder, record=record)
+        ended = fork(_alone(command.words), folder, record=record)
+        if not ended.code and command.processes > 1:  # what it writes is the same, but for rounding
+            shutil.rmtree(folder)
+            folder.mkdir()
+            command.begin(folder)
+            ended = whole_process(command.words, folder)
         if ended.code:
             raise SystemExit(f"{command.name} fails undisturbed: {ended.err[-2000:]}")
         found = Undisturbed(ended.seconds, json.loads(record.read_text()), before, contents(folder))
@@ -119,7 +129,7 @@ class Campaign:
     def _order(self) -> tuple[dict, list[str], str]:
         """Hold the recorded order of renames and flushes against what a power cut asks for."""
         problems, rows = [], []
-        for command in self.commands:
+        for command in self.alone:
             known = self.undisturbed[command.name]
             found = order_problems(known.events, known.before, known.after)
             counts = Counter(kind for kind, *_ in known.events)
@@ -158,8 +168,9 @@ class Campaign:
             "before a chosen write, rename, removal or flush. After each kill no file with a final name may be "
             "half-written; at the end every file must be, bit for bit, what an undisturbed command writes (wall times "
             "aside), and nothing else may be there. "
-            f"One in {_WHOLE_PROCESSES} is a whole process, the others forks of one that has imported everything.\n\n"
-            + markdown_table(("command", "kills", *names), rows)
+            f"One in {_WHOLE_PROCESSES} is a whole process, the others forks of one that has imported everything; "
+            "training with two processes always is whole, and the signal goes to the command, to one of its two "
+            "processes, or comes in the one that writes.\n\n" + markdown_table(("command", "kills", *names), rows)
         )
         return {"n": total, "by_command": {k: dict(v) for k, v in counts.items()}}, problems, text
 
@@ -167,8 +178,9 @@ class Campaign:
         rng, known, folder = np.random.default_rng(seed), self.undisturbed[command.name], self.place(command.name)
         command.begin(folder)
         kills, problems = Counter(), []
+        whole = whole or command.processes > 1
         run = whole_process if whole else fork
-        slower = 4.0 if whole else 1.2  # Python's start and imports come on top
+        slower = 4.0 if whole and command.processes == 1 else 1.2  # Python's start and imports come on top
         for _ in range(int(rng.integers(1, _MOST_IN_A_ROW + 1))):
             number = SIGNALS[rng.integers(len(SIGNALS))]
             targeted = bool(rng.random() < 0.5)
@@ -176,21 +188,26 @@ class Campaign:
                 disturbance = Disturbance(number, at=int(rng.integers(1, len(known.events) + 1)))
             else:
                 disturbance = Disturbance(number, after=float(rng.uniform(0, slower * known.seconds)))
-            ended = run(command.again(folder), folder, disturbance)
-            where = f"{command.name}, {'whole process, ' if whole else ''}{disturbance}"
+            which = {}
+            if command.processes > 1 and not targeted and rng.random() < 0.5:
+                which = {"in_child": float(rng.uniform(1e-9, 1))}
+            ended = run(command.again(folder), folder, disturbance, **which)
+            where = f"{command.name}, {'whole process, ' if whole else ''}{disturbance}{', a child' if which else ''}"
             if ended.code == 0:
                 break  # it was done before
             early = not targeted and disturbance.after < (_START_SECONDS if whole else _START_SECONDS / 10)
             if ended.code == 2 and "exist" in ended.err:
                 break  # the one before had given the output its name
-            if ended.code not in (*_STOPPED_CODES[number], *((-number, 1, 130) if early else ())):
+            one_of_several = command.processes > 1 and (targeted or which)
+            codes = (*_STOPPED_CODES[number], *((-number, 1, 130) if early else ()), *((1,) if one_of_several else ()))
+            if ended.code not in codes:
                 problems.append(f"{where}: exit code {ended.code}: {ended.err[-400:]}")
             if not early and "Traceback" in ended.err:
                 problems.append(f"{where}: traceback: {ended.err[-400:]}")
             kills[f"{number.name}, {'targeted' if targeted else 'random'}"] += 1
             if rest := half_written(folder, known.after, known.before.values()):
                 problems.append(f"{where}: {rest}")
-        ended = fork(command.again(folder), folder)
+        ended = (fork if command.processes == 1 else whole_process)(command.again(folder), folder)
         finished = ended.code == 2 and "exist" in ended.err and (folder / command.out).is_file()
         if ended.code and not finished:
             problems.append(f"{command.name}, seed {seed}: does not go on: {ended.err[-400:]}")
@@ -238,7 +255,7 @@ class Campaign:
 
     def _rights(self) -> tuple[dict, list[str], str]:
         ways = ("mode", "read-only") if disks.can_mount(self.scratch) else ("mode",)
-        results = self._each(self._right_trial, [(c, way) for c in self.commands for way in ways])
+        results = self._each(self._right_trial, [(c, way) for c in self.alone for way in ways])
         problems = [one for _, found in results for one in found]
         counts = Counter(name for name, _ in results)
         text = (
@@ -256,7 +273,7 @@ class Campaign:
     def _twice(self) -> tuple[dict, list[str], str]:
         tasks = [
             (c, place)
-            for c in self.commands
+            for c in self.alone
             if c.holds
             for place in ((0.3, 0.6, 0.9) if self.undisturbed[c.name].seconds < _SLOW else (0.6,))
         ]
@@ -302,6 +319,15 @@ class Campaign:
         return command.name, outcome, problems
 
 
+def _alone(words: Sequence[str]) -> list[str]:
+    """Leave out that there are several processes."""
+    words = list(words)
+    if "--processes" in words:
+        at = words.index("--processes")
+        del words[at : at + 2]
+    return words
+
+
 def order_problems(events: Sequence[Sequence[str]], before: Iterable[str], after: Iterable[str]) -> list[str]:
     """Find what a power cut could tear apart in a recorded order of writes, flushes, renames and removals.
 
@@ -335,7 +361,7 @@ def order_problems(events: Sequence[Sequence[str]], before: Iterable[str], after
                 problems.append(f"{paths[0]} was removed before the name of {waiting[parent]} was on the disk")
     for name in sorted(set(after) - set(before)):
         is_named = any((name + "/").startswith(one + "/") for one in named)
-        if not is_named and Path(name).name not in ("history.csv", ".lock"):
+        if not is_named and Path(name).name not in ("history.csv", "conditions.csv", ".lock"):
             problems.append(f"{name} was written under its final name")
     problems += [
         f"the name of {new} may not be on the disk at the end" for new in waiting.values() if not _is_draft(new)

@@ -1,5 +1,6 @@
 """The commands that write, on small real data: how each is given, given again, and what must have come of it."""
 
+import csv
 import hashlib
 import json
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 from data_sets import SHARED
-from processes import fork
+from forks import fork
 
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.data.store import open_store
@@ -20,10 +21,18 @@ from lingshu_cell.errors import LingshuError
 
 TRAINING = (
     "network.gene_width=8", "network.width=16", "network.n_blocks=1", "network.feedforward_width=32",
-    "training.steps=90", "training.minibatch_size=16", "training.warmup_steps=5", "training.validate_every=10",
-    "training.checkpoint_every=15", "training.device=cpu", "generation.steps=8", "generation.minibatch_size=16",
+    "training.steps=45", "training.minibatch_size=16", "training.warmup_steps=5", "training.validate_every=9",
+    "training.checkpoint_every=9", "training.device=cpu", "generation.steps=8", "generation.minibatch_size=16",
     "generation.tile_size=8",
 )  # fmt: skip
+_FEW_STEPS = ("training.steps=12", "training.validate_every=4", "training.checkpoint_every=4")
+_SPLIT = """perturbation_key = "perturbation"
+control = "control"
+identity_key = "cell_type"
+[validation]
+pairs = [{ cell_type = "NK cells", perturbation = "IFNB" }]
+"""
+_GROWING = ("history.csv", "conditions.csv")
 _NOT_COMPARED = (".lock",)
 
 
@@ -47,6 +56,10 @@ class Command:
         Words to add where the output is there already.
     weight
         How many of the kills it gets, in proportion.
+    holds
+        Whether a second one on the same output is refused.
+    processes
+        How many it starts; those that are several are no forks of the harness.
     """
 
     name: str
@@ -57,6 +70,7 @@ class Command:
     overwrite: tuple[str, ...] = ()
     weight: int = 1
     holds: bool = field(default=True)
+    processes: int = 1
 
     def again(self, folder: Path) -> tuple[str, ...]:
         """Say what a user gives after the command was ended in ``folder``."""
@@ -101,6 +115,7 @@ def make_commands(work: Path, only: Sequence[str] | None = None) -> list[Command
     """Write the input, train the runs that other commands need, and give all commands, or those named."""
     files = make_data(work)
     settings = [word for one in TRAINING for word in ("--set", one)]
+    few = [word for one in _FEW_STEPS for word in ("--set", one)]  # as each step waits for the other process
     run, screen_run = work / "run", work / "screen-run"
     _must(fork(["train", files["cells"], "--out", run, *settings], work))
     _must(fork(["generate", run, "--n", "150", "--out", work / "generated.h5ad", "--device", "cpu"], work))
@@ -134,6 +149,11 @@ def make_commands(work: Path, only: Sequence[str] | None = None) -> list[Command
             _words("train", files["cells"], "--out", "run", "--resume"), weight=6,
         ),
         Command(
+            "train, 2 processes",
+            _words("train", files["cells"], "--out", "run", *settings, *few, "--processes", 2), "run",
+            _words("train", files["cells"], "--out", "run", "--resume", "--processes", 2), weight=3, processes=2,
+        ),
+        Command(
             "generate", _words("generate", run, "--n", 150, "--out", "generated.h5ad", "--device", "cpu"),
             "generated.h5ad", overwrite=("--overwrite",), weight=4,
         ),
@@ -155,7 +175,15 @@ def make_commands(work: Path, only: Sequence[str] | None = None) -> list[Command
         def with_screen_run(folder: Path) -> None:
             shutil.copytree(screen_run, folder / "run")
 
+        split = work / "split.toml"
+        split.write_text(_SPLIT, encoding="utf-8")
+        parts = ["--set", f"data.split={split}", "--set", "data.silenced=true", "--condition-key", "cell_type"]
         found += [
+            Command(
+                "train, split",
+                _words("train", files["screen"], *labels, *parts, "--out", "run", *settings), "run",
+                _words("train", files["screen"], "--out", "run", "--resume"), weight=3,
+            ),
             Command(
                 "calibrate", _words("calibrate", "run", "--data", files["validation"], "--n", 20, "--scales", "1,2"),
                 "run", begin=with_screen_run,
@@ -210,7 +238,9 @@ def _in_checkpoint(file: Path, run: Path) -> bool:
 def _lasting(file: Path) -> bytes:
     """What a file says without wall times."""
     if file.name == "history.csv":
-        return "\n".join(line.rsplit(",", 1)[0] for line in file.read_text(encoding="utf-8").splitlines()).encode()
+        with open(file, newline="", encoding="utf-8") as stream:
+            rows = [{**row, "seconds": None} for row in csv.DictReader(stream)]
+        return json.dumps(rows).encode()
     if file.name in ("facts.json", "responses.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         content.pop("seconds", None)
@@ -239,7 +269,7 @@ def half_written(folder: Path, wanted: dict[str, str], before: Iterable[str]) ->
     known = set(before)
     for name, digest in contents(folder).items():
         parts = Path(name).parts
-        if any(part.startswith(".") or part.endswith(".tmp") for part in parts) or name.endswith("history.csv"):
+        if any(part.startswith(".") or part.endswith(".tmp") for part in parts) or name.endswith(_GROWING):
             continue  # a draft, or a log that grows
         in_run = any(part.startswith("checkpoint-") for part in parts)
         if not in_run and name in wanted and digest not in (wanted[name], *known):

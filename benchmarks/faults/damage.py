@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 from commands import Command, contents, differing
-from processes import Disturbance, fork
+from forks import Disturbance, fork
 from recording import markdown_table
 
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.data.store import open_store
 from lingshu_cell.errors import LingshuError
 
+_NOT_READ = ("history.csv", "conditions.csv", "config.json", "identities.json", "schedule.json", "schedule.png")
+"""By the package's own readers: by commands only, or by people only."""
 _FLIPS_READ, _CUTS_READ = 40, 10  # of each file, read by the package itself
 _FLIPS_COMMAND, _CUTS_COMMAND = 2, 1  # of each file, given to commands
 
@@ -39,7 +41,14 @@ def run(
         read = 0
         if what != "an unfinished store":
             for file in files:
-                if file.name in ("history.csv", "config.json", "identities.json", "schedule.json", "schedule.png"):
+                if file.name in (
+                    "history.csv",
+                    "conditions.csv",
+                    "config.json",
+                    "identities.json",
+                    "schedule.json",
+                    "schedule.png",
+                ):
                     continue  # read by commands only, or by people only
                 for how in _ways(root / file, rng, _FLIPS_READ, _CUTS_READ):
                     read += 1

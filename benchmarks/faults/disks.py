@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands import Command, contents, differing, half_written
-from processes import Ended, fork, small_files
+from forks import Ended, fork, small_files
 
 if TYPE_CHECKING:
     from campaign import Undisturbed

@@ -221,8 +221,19 @@ def _be_lingshu(
         os._exit(code)
 
 
-def whole_process(words: Sequence[object], folder: Path, disturbance: Disturbance | None = None) -> Ended:
-    """Run a command as a user does, Python's start included."""
+def whole_process(
+    words: Sequence[object], folder: Path, disturbance: Disturbance | None = None, in_child: float = 0.0
+) -> Ended:
+    """Run a command as a user does, Python's start included; what it started has ended too when this returns.
+
+    Parameters
+    ----------
+    words, folder, disturbance
+        See :func:`fork`.
+    in_child
+        0 sends the signal to the command; otherwise which of the processes that it has started by then gets it, as a
+        number up to 1.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOOK), str(ROOT / "src")])}
     if disturbance is not None and disturbance.at is not None:
         environment["LINGSHU_FAULT"] = f"{folder}:{disturbance.at}:{disturbance.number}"
@@ -234,9 +245,38 @@ def whole_process(words: Sequence[object], folder: Path, disturbance: Disturbanc
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(None if disturbance is None else disturbance.after)
     if process.poll() is None and disturbance is not None and disturbance.after is not None:
-        process.send_signal(disturbance.number)
+        children = _children(process.pid) if in_child else []
+        if children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(children[min(int(in_child * len(children)), len(children) - 1)], disturbance.number)
+        else:
+            process.send_signal(disturbance.number)
     out, err = process.communicate(timeout=_LONGEST)
+    while left := _working_in(folder):
+        if time.monotonic() - begun > _LONGEST:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise RuntimeError(f"processes lived on: {words}")
+        time.sleep(0.1)
     return Ended(process.returncode, out, err, time.monotonic() - begun)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _working_in(folder: Path) -> list[int]:
+    """Processes whose working folder it is: those that a killed command left behind."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.readlink(entry / "cwd") == str(folder.resolve()):
+                    found.append(int(entry.name))
+    return found
 
 
 def small_files(n_bytes: int) -> Callable[[], None]:
