@@ -48,9 +48,9 @@ def main() -> None:
     table = [(name, *row.values()) for name, row in (*totals.items(), *rows.items())]
     about = (
         "Malformed inputs of every kind. Refused: exit code 2 and one line; accepted: the input is odd but right; "
-        f"mishandled: a traceback, another exit code, more than {SECONDS:.0f} CPU seconds, or {MOST_GROWTH_MIB:.0f} MiB beyond "
-        "the start, code in the input executed, control characters printed, or refused where it had to be accepted and "
-        "the other way round. Of mutations either end is right. "
+        f"mishandled: a traceback, another exit code, more than {SECONDS:.0f} CPU seconds, {MOST_GROWTH_MIB:.0f} MiB "
+        "beyond the start, code in the input executed, control characters printed, or refused where it had to be "
+        "accepted and the other way round. Of mutations either end is right. "
         f"Random mutations have the seeds {options.seed} to {options.seed + options.mutations - 1}."
     )
     body = {"totals": totals, "kinds": rows, "mishandled": wrong, "seconds": watch.seconds()}

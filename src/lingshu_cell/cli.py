@@ -42,6 +42,7 @@ from lingshu_cell.commands import (
 from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED
 from lingshu_cell.console import give, say, send_messages_to_stderr
 from lingshu_cell.errors import EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError, one_line
+from lingshu_cell.launch import is_first
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
 
@@ -120,8 +121,9 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; what goes wrong is one line on stderr."""
     send_messages_to_stderr()
+    handler: Any = None
     with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, _terminate)
+        handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(None if arguments is None else list(arguments), prog_name="lingshu", standalone_mode=False)
         sys.stdout.flush()
@@ -132,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if line:
             say(line)
         _forget_unwritten_output()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -156,9 +161,9 @@ def _one_line(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, _UsageProblem):
         return f"error: {one_line(error.format_message())}. See lingshu --help.", EXIT_CODE_USER_ERROR
     if isinstance(error, (_Stopped, typer.Abort)):
-        return "stopped by Ctrl-C", EXIT_CODE_INTERRUPTED
+        return "stopped by Ctrl-C" if is_first() else "", EXIT_CODE_INTERRUPTED
     if isinstance(error, _Terminated):
-        return "stopped by SIGTERM", EXIT_CODE_TERMINATED
+        return "stopped by SIGTERM" if is_first() else "", EXIT_CODE_TERMINATED
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
         remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"
