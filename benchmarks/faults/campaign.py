@@ -22,7 +22,7 @@ from recording import markdown_table, say
 
 PARTS = ("order", "kills", "disks", "damage", "rights", "twice")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-_WHOLE_PROCESSES = 6  # one in so many kills
+_WHOLE_PROCESSES = 8  # one in so many trials
 _MOST_IN_A_ROW = 3
 _STOPPED_CODES = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, 130), signal.SIGINT: (130,)}
 _SLOW = 15.0  # seconds of a command from which on it is tried less often
@@ -152,7 +152,7 @@ class Campaign:
         total, deck = 0, iter(by_weight(self.commands, 100 * self.n_kills))
         while total < self.n_kills:
             trials = [
-                (next(deck), int(rng.integers(2**31)), i % _WHOLE_PROCESSES == 0) for i in range(2 * _WHOLE_PROCESSES)
+                (next(deck), int(rng.integers(2**31)), i % _WHOLE_PROCESSES == 0) for i in range(_WHOLE_PROCESSES)
             ]
             for name, kills, found in self._each(self._kill_trial, trials):
                 counts[name].update(kills)

@@ -21,8 +21,8 @@ from lingshu_cell.errors import LingshuError
 
 TRAINING = (
     "network.gene_width=8", "network.width=16", "network.n_blocks=1", "network.feedforward_width=32",
-    "training.steps=45", "training.minibatch_size=16", "training.warmup_steps=5", "training.validate_every=9",
-    "training.checkpoint_every=9", "training.device=cpu", "generation.steps=8", "generation.minibatch_size=16",
+    "training.steps=24", "training.minibatch_size=16", "training.warmup_steps=5", "training.validate_every=6",
+    "training.checkpoint_every=6", "training.device=cpu", "generation.steps=8", "generation.minibatch_size=16",
     "generation.tile_size=8",
 )  # fmt: skip
 _FEW_STEPS = ("training.steps=12", "training.validate_every=4", "training.checkpoint_every=4")
