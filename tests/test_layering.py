@@ -10,7 +10,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums commands data data.effect_regression data.hdf5_output datasets diffusion "
+    "checksums claims commands data data.effect_regression data.hdf5_output datasets diffusion "
     "diffusion.randomness ema engine errors figures judgement metrics metrics.cell_types metrics.clock "
     "metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
     "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.layers "
@@ -19,22 +19,21 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping "
     "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.distribution "
     "network.perturbation output_files response_judgement",
-    "checkpoint config data.anndata_io data.condition_splits data.count_blocks data.gene_embeddings "
+    "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information "
     "diffusion.loss diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store "
-    "history metrics.folder network.compression network.gate_head pages",
-    "check_vcc2026 commands.options curve_store data.de_tables data.embedding_sources data.gene_doctor "
-    "data.prior_effects data.shards data.sources data.split_files data.store_writer diffusion.guidance "
-    "diffusion.plan diffusion.priors engine.minibatch engine.optimiser engine.sharding "
-    "metrics.differential metrics.inputs network.set_denoiser network.transformer_denoiser "
-    "perturbation_effects response_samples run_config",
-    "baselines data.scan data.store data.training_set engine.gradients evaluate export_vcc2026 "
-    "network.denoiser response_figures response_libraries",
-    "conditioning data.loader data.store_builder evaluate_responses response_section silenced",
-    "engine.run_state expected_effects prepare response_report",
-    "report request validation_conditions",
-    "generate train",
-    "aligned_cells calibrate console demo",
+    "history network.compression network.gate_head pages wanted_cells",
+    "commands.options curve_store data.anndata_io data.de_tables data.embedding_sources data.gene_doctor "
+    "data.prior_effects data.shards data.split_files data.store_writer diffusion.guidance diffusion.plan "
+    "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder "
+    "network.set_denoiser network.transformer_denoiser",
+    "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential "
+    "metrics.inputs network.denoiser perturbation_effects response_samples run_config",
+    "baselines conditioning data.loader data.scan evaluate export_vcc2026 response_figures response_libraries silenced",
+    "data.store_builder engine.run_state evaluate_responses expected_effects response_section",
+    "prepare request response_report validation_conditions",
+    "generate report train",
+    "aligned_cells calibrate console demo generate_shards",
     "commands.baseline commands.calibrate commands.config commands.de commands.demo commands.embeddings "
     "commands.export commands.generate commands.genes commands.prepare commands.report commands.split "
     "commands.train model schedule",

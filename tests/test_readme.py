@@ -15,7 +15,9 @@ from lingshu_cell.console import settings_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/config.md", "docs/outputs.md", "docs/distributed.md")
+DOCUMENTS = (
+    "README.md", "CHANGELOG.md", "docs/config.md", "docs/outputs.md", "docs/distributed.md", "docs/generation.md",
+)  # fmt: skip
 
 
 def fenced(text: str, language: str) -> list[str]:

@@ -215,6 +215,9 @@ class GenerationConfig(_Section):
     tile_size: int = Field(
         64, ge=2, le=1 << 16, description="Rows of every network call; part of what determines a cell's rounding."
     )
+    shard_cells: int = Field(
+        2048, ge=2, le=1 << 20, description="Most cells of a shard, where cells are written to a folder."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the run; cell i uses (seed, i).")
 
 

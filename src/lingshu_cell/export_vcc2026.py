@@ -25,6 +25,7 @@ from lingshu_cell.check_vcc2026 import (
     validate_vcc2026,
 )
 from lingshu_cell.data.anndata_io import H5adWriter, read_obs
+from lingshu_cell.data.cell_folder import is_cell_folder, shard_files
 from lingshu_cell.data.condition_labels import labels_of
 from lingshu_cell.data.count_blocks import VALUES_PER_BLOCK, CountBlocks
 from lingshu_cell.data.counts import check_counts
@@ -84,7 +85,7 @@ def write_vcc2026(
     Parameters
     ----------
     sources
-        h5ad files of predicted counts, CSR or dense.
+        h5ad files of predicted counts, CSR or dense, and folders of generated cells.
     out
         The submission, an h5ad file.
     genes
@@ -122,6 +123,8 @@ def write_vcc2026(
         If labels, genes or counts break a rule, or a file cannot be read or written; nothing is left behind.
     """
     _refuse(gene_rules(genes, genes, n_genes))
+    folders = [(path, is_cell_folder(expanded(path))) for path in sources]
+    sources = [file for path, is_folder in folders for file in (shard_files(expanded(path)) if is_folder else [path])]
     if not sources:
         raise LingshuError("A submission has cells", "no file of predictions is given", "Name one or more")
     if expanded(out).exists() and any(expanded(out).samefile(expanded(p)) for p in sources):

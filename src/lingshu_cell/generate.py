@@ -52,8 +52,10 @@ class TrainedModel:
         Where it came from, with the manifest.
     config
         The configuration it was trained with.
+    weights
+        Which of its weights.
     network
-        The denoiser with averaged weights, in evaluation mode.
+        The denoiser with these weights, in evaluation mode.
     genes, modelled
         All genes in order, and the indices of those the network models.
     conditioner
@@ -68,6 +70,7 @@ class TrainedModel:
 
     checkpoint: Checkpoint
     config: Config
+    weights: str
     network: nn.Module
     genes: GeneVocabulary
     modelled: np.ndarray
@@ -139,6 +142,7 @@ def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | st
     return TrainedModel(
         checkpoint=checkpoint,
         config=config,
+        weights=weights,
         network=network.to(device).eval(),
         genes=genes,
         modelled=data["modelled"].numpy(),
@@ -447,7 +451,7 @@ def generate(model: TrainedModel, n_cells: int, **settings: Any) -> ad.AnnData:
     adata = ad.AnnData(
         sparse.vstack([chunk.counts for chunk in chunks], format="csr"),
         obs=pd.concat([chunk.obs for chunk in chunks]),
-        var=_var(model),
+        var=var_of(model),
     )
     adata.uns["lingshu_cell"] = provenance(model, plan)
     return adata
@@ -480,7 +484,7 @@ def write_cells(
     on_progress
         Called with the number of cells done after each chunk.
     """
-    with H5adWriter(Path(out), _var(model), plan.n_cells, overwrite=overwrite) as writer:
+    with H5adWriter(Path(out), var_of(model), plan.n_cells, overwrite=overwrite) as writer:
         for chunk in draw_chunks(model, plan):
             writer.append(chunk.counts, chunk.obs)
             on_progress(writer.n_written)
@@ -492,7 +496,7 @@ def provenance(model: TrainedModel, plan: Plan) -> dict[str, Any]:
     """What made the cells, for ``uns["lingshu_cell"]``: text and numbers only."""
     manifest, used, steering = model.checkpoint.manifest, plan.schedule, plan.steering
     chosen = {
-        **model.config.generation.model_dump(),
+        **model.config.generation.model_dump(exclude={"shard_cells"}),
         "steps": used.steps,
         "schedule": used.name,
         "visible_counts": " ".join(map(str, used.grid)),
@@ -706,7 +710,8 @@ def _stream(seed: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[int(seed), purpose]))
 
 
-def _var(model: TrainedModel) -> pd.DataFrame:
+def var_of(model: TrainedModel) -> pd.DataFrame:
+    """Annotation of the genes of generated cells."""
     is_modelled = np.zeros(len(model.genes), dtype=bool)
     is_modelled[model.modelled] = True
     var = pd.DataFrame({"modelled": is_modelled}, index=pd.Index(model.genes.names))

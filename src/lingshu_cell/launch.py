@@ -1,4 +1,4 @@
-"""Start the processes of one training on this machine: what torchrun does, with one line for the user where it ends.
+"""Start several processes on this machine: what torchrun does, with one line for the user where it ends.
 
 Needs neither torch nor a rendezvous: the first process is where the others meet.
 """
@@ -56,11 +56,7 @@ def launch(arguments: Sequence[str], n_processes: int) -> int:
         If processes were killed because somebody asked twice to stop.
     """
     with _signals_passed_on() as running:
-        for rank in range(n_processes):
-            environment = _environment(rank, n_processes, running.port)
-            command = [sys.executable, "-m", "lingshu_cell.cli", *arguments]
-            # a session of their own: Ctrl-C at the terminal reaches them once, through this process
-            running.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        running.start(arguments, n_processes)
         code = running.wait()
     if code < 0 and running.asked:
         raise KeyboardInterrupt
@@ -72,6 +68,53 @@ def launch(arguments: Sequence[str], n_processes: int) -> int:
             LOST_REMEDY,
         )
     return code
+
+
+def launch_apart(arguments: Sequence[str], n_processes: int) -> tuple[int, list[str]]:
+    """Run the command line in several processes that do each other's work: one that ends early takes nothing along.
+
+    Parameters
+    ----------
+    arguments
+        Of the command ``lingshu``.
+    n_processes
+        How many.
+
+    Returns
+    -------
+    tuple
+        The exit code, 0 if one process did its work to the end, and what to tell of those that did not.
+
+    Raises
+    ------
+    LostProcessError
+        If all processes were killed.
+    """
+    with _signals_passed_on() as running:
+        running.start(arguments, n_processes)
+        running.wait(together=False)
+        codes = [process.returncode for process in running.processes]
+    ended = [
+        f"process {i} of {n_processes} ended early ({_how(code)}); the others did its work"
+        for i, code in enumerate(codes)
+        if code
+    ]
+    if 0 in codes:
+        return 0, ended
+    said = [code for code in codes if code > 0]
+    if said:
+        return said[0], []
+    if running.asked:
+        raise KeyboardInterrupt
+    raise LostProcessError(
+        "One process must live to the end",
+        f"all {n_processes} were ended, the first by {_how(codes[0])}",
+        "What they finished is kept: give the same command again",
+    )
+
+
+def _how(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _environment(rank: int, n_processes: int, port: int) -> dict[str, str]:
@@ -99,6 +142,14 @@ class _Running:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
 
+    def start(self, arguments: Sequence[str], n_processes: int) -> None:
+        """Start them."""
+        for rank in range(n_processes):
+            environment = _environment(rank, n_processes, self.port)
+            command = [sys.executable, "-m", "lingshu_cell.cli", *arguments]
+            # a session of their own: Ctrl-C at the terminal reaches them once, through this process
+            self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+
     def ask(self, number: int, frame: object) -> None:
         """Pass a signal on; the second time, kill."""
         self.asked += 1
@@ -110,13 +161,15 @@ class _Running:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    def wait(self) -> int:
-        """Wait for all; once one has ended badly, the others have some time left. Gives the first bad exit code."""
+    def wait(self, together: bool = True) -> int:
+        """Wait for all; where they work together, once one has ended badly the others have some time left. Gives the
+        first bad exit code.
+        """
         first_bad, ends = 0, []
         while True:
             codes = [process.poll() for process in self.processes]
             bad = [code for code in codes if code]
-            if bad and not first_bad:
+            if bad and not first_bad and together:
                 first_bad = min(bad)  # a killed process explains what the others met
                 now = time.monotonic()
                 ends = [(now + _ENDING_SECONDS, signal.SIGTERM), (now + _GRACE_SECONDS, signal.SIGKILL)]

@@ -1,5 +1,8 @@
 """The command ``lingshu generate``."""
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +14,12 @@ from lingshu_cell.commands.options import Device, Json, MaxKl, RunFolder, Steps,
 from lingshu_cell.config import GenerationConfig
 from lingshu_cell.console import cells_bar, choices_of, clock, give, give_json, say
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.launch import LAUNCHED, is_first, is_launched, launch_apart
 
 if TYPE_CHECKING:
     from lingshu_cell.data.vocabulary import GeneVocabulary
+    from lingshu_cell.generate import TrainedModel
+    from lingshu_cell.wanted_cells import WantedRow
 
 EXAMPLES = (
     "lingshu generate run --n 1000 --out generated.h5ad",
@@ -22,13 +28,24 @@ EXAMPLES = (
     "lingshu generate run --n 500 --out new_line.h5ad --condition gene=KLF1 --context new_line_controls.h5ad",
     "lingshu generate run --n 1000 --out generated.h5ad --steps auto --max-kl 0.5",
     "lingshu generate run --n 1000 --out generated.h5ad --steps 256 --schedule cosine",
+    "lingshu generate run --n 1000000 --out generated --processes 8",
+    "lingshu generate run --requests wanted.csv --out generated --processes 8",
 )
 
 
 def generate(
     run: RunFolder,
-    n: Annotated[int, typer.Option(min=1, help="How many cells.")],
-    out: Annotated[Path, typer.Option(metavar="GEN.h5ad", help="File to write.")],
+    out: Annotated[
+        Path, typer.Option(metavar="GEN.h5ad|FOLDER", help="File to write, or folder of shards (no ending).")
+    ],
+    n: Annotated[int | None, typer.Option(min=1, help="How many cells.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="WANTED.csv",
+            help="A row for each condition: columns of conditions, n, and if wanted dose and depth. Needs a folder.",
+        ),
+    ] = None,
     condition: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,14 +103,32 @@ def generate(
         int | None,
         typer.Option(min=1, help=f"{of_generation('minibatch_size')} Changes memory and speed, never a cell."),
     ] = None,
+    shard_cells: Annotated[int | None, typer.Option(min=2, help=of_generation("shard_cells"))] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine that fill the folder, each with one thread on a CPU."),
+    ] = None,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace GEN.h5ad if it exists.")] = False,
     json: Json = False,
-) -> None:
+) -> int:
     """Generate cells from a trained model.
 
-    Writes integer counts of every gene (AnnData, CSR), labels and seeds in obs, and what made them in uns.
+    Writes integer counts of every gene (AnnData, CSR), labels and seeds in obs, and what made them in uns. A folder is
+    filled shard by shard by any number of processes, on any number of machines: give the same command again, or on
+    another one at the same time. See docs/generation.md.
     """
+    to_folder = _is_folder(out, requests, processes, shard_cells, overwrite)
+    if n is None and requests is None:
+        raise LingshuError("A number of cells must be asked for", "neither --n nor --requests is given", "Add --n")
+    started = time.monotonic()
+    if to_folder and (processes or 1) > 1 and not is_launched():
+        code, ended = launch_apart(sys.argv[1:], processes or 1)
+        for line in ended:
+            say(line)
+        if code == 0:
+            _report(out, started, json)
+        return code
     from lingshu_cell.generate import load_model, plan_cells, steering_of, write_cells
     from lingshu_cell.train import pick_device
 
@@ -108,21 +143,21 @@ def generate(
         prior=prior,
         de_tables=de_tables,
     )
-    plan = plan_cells(
-        model,
-        n,
-        condition=wanted,
-        dose=dose,
-        depth=depth,
-        context=context,
-        unseen=unseen,
-        steering=steering,
-        steps=read_steps(steps),
-        schedule=schedule,
-        max_kl=max_kl,
-        seed=seed,
-        minibatch_size=minibatch_size,
-    )
+    common = {
+        "context": context,
+        "unseen": unseen,
+        "steering": steering,
+        "steps": read_steps(steps),
+        "schedule": schedule,
+        "max_kl": max_kl,
+        "minibatch_size": minibatch_size,
+    }
+    asked = {"condition": wanted, "dose": dose, "depth": depth}
+    if to_folder:
+        chosen_seed = model.config.generation.seed if seed is None else seed
+        rows = _rows(requests, model, n, chosen_seed, asked)
+        return _fill(model, rows, out, shard_cells, common, started, json)
+    plan = plan_cells(model, n, seed=seed, **asked, **common)
     for note in plan.notes:
         say(note)
     started = time.monotonic()
@@ -144,6 +179,69 @@ def generate(
         )
     else:
         give(f"{written}: {n:,} cells x {len(model.genes):,} genes, {clock(seconds)}, {n / seconds:,.1f} cells/s")
+    return 0
+
+
+def _is_folder(
+    out: Path, requests: Path | None, processes: int | None, shard_cells: int | None, overwrite: bool
+) -> bool:
+    """Whether ``--out`` is a folder of shards, and whether other options agree."""
+    if out.suffix == "" and (out.is_dir() or not out.exists()):
+        if overwrite:
+            remedy = "Leave --overwrite out, or name a new folder"
+            raise LingshuError("A folder of cells is filled, never replaced", "--overwrite", remedy)
+        return True
+    only = {"--requests": requests, "--processes": processes, "--shard-cells": shard_cells}
+    given = [name for name, value in only.items() if value is not None]
+    if given:
+        finding = f"{' and '.join(given)} with --out {out}"
+        raise LingshuError("Shards are written to a folder", finding, "Name a folder, without an ending")
+    return False
+
+
+def _rows(
+    requests: Path | None, model: "TrainedModel", n: int | None, seed: int, asked: dict[str, Any]
+) -> "list[WantedRow]":
+    """The rows of a table, or the one that the options ask for: the cells that a file would hold."""
+    from lingshu_cell.wanted_cells import WantedRow, read_wanted_cells
+
+    if requests is None:
+        return [WantedRow(n_cells=n or 0, seed=seed, **asked)]
+    return read_wanted_cells(requests, list(model.conditions.fields), seed, n_cells=n, **asked)
+
+
+def _fill(
+    model: "TrainedModel",
+    rows: "list[WantedRow]",
+    out: Path,
+    shard_cells: int | None,
+    common: dict[str, Any],
+    started: float,
+    json: bool,
+) -> int:
+    """Fill a folder together with others, and report as the first of the processes of one command."""
+    from lingshu_cell.generate_shards import generate_folder
+
+    n_cells = sum(row.n_cells for row in rows)
+    with cells_bar(n_cells) if is_first() else contextlib.nullcontext(lambda n_done: None) as show:
+        note = say if is_first() else lambda note: None
+        generate_folder(model, rows, out, shard_cells=shard_cells, on_progress=show, on_note=note, **common)
+    if is_first() and LAUNCHED not in os.environ:
+        _report(out, started, json)
+    return 0
+
+
+def _report(out: Path, started: float, json: bool) -> None:
+    """Say what is in a folder, whoever filled it."""
+    from lingshu_cell.data.cell_folder import read_manifest
+
+    manifest, seconds = read_manifest(out), time.monotonic() - started
+    n_cells, n_genes, n_shards = manifest["n_cells"], manifest["n_genes"], len(manifest["shards"])
+    if json:
+        facts = {"out": str(out), "n_cells": n_cells, "n_genes": n_genes, "n_shards": n_shards}
+        give_json({**facts, "seconds": round(seconds, 1)})
+    else:
+        give(f"{out}: {n_cells:,} cells x {n_genes:,} genes in {n_shards:,} shards, {clock(seconds)}")
 
 
 def _conditions(pairs: Sequence[str]) -> dict[str, str]:

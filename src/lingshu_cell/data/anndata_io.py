@@ -21,6 +21,7 @@ import pandas as pd
 from anndata.io import read_elem, write_elem
 from scipy import sparse
 
+from lingshu_cell.data.cell_folder import is_cell_folder, shard_files
 from lingshu_cell.data.containers import check_folder, check_hdf5, check_zarr
 from lingshu_cell.data.counts import canonical_counts, check_counts, dense_counts, fingerprint, row_pointers
 from lingshu_cell.data.hdf5_output import Hdf5Output, writing_hdf5
@@ -96,7 +97,8 @@ def read_counts(source: Path | str | ad.AnnData, layer: str | None = None, obs_k
     Parameters
     ----------
     source
-        An AnnData, the path of an ``.h5ad`` file or a ``.zarr`` folder, or the URL (http, https, ftp, file) of an h5ad.
+        An AnnData, the path of an ``.h5ad`` file, of a ``.zarr`` folder or of a folder of generated cells, or the URL
+        (http, https, ftp, file) of an h5ad.
     layer
         Name of the layer that holds the counts; None for ``X``, ``"raw"`` for ``raw.X`` with the genes of ``raw``
         (unless a layer has that name).
@@ -172,6 +174,9 @@ def _opened(source: Path | str | ad.AnnData) -> Iterator[_Parts]:
         ):
             yield parts
     elif isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
+        if is_cell_folder(expanded(source)):
+            yield _parts_of_shards(shard_files(expanded(source)))
+            return
         with _opened_path(expanded(source), called=os.fspath(source)) as parts:
             yield parts
     else:
@@ -306,6 +311,21 @@ def uns_text(store: Any, key: str) -> str | None:
     except Exception:  # damaged in any way
         return None
     return said if isinstance(said, str) else None
+
+
+def _parts_of_shards(files: Sequence[Path]) -> _Parts:
+    """All shards of a folder of generated cells, in memory."""
+    obs, counts, first = [], [], None
+    for file in files:
+        with _opened_path(file, str(file)) as parts:
+            first = first or parts
+            if not parts.var.index.equals(first.var.index):
+                rule = "All shards must hold the same genes"
+                raise LingshuError(rule, f"{file} has others than {files[0]}", "Generate the cells again")
+            obs.append(parts.obs)
+            counts.append(_load_csr(_chosen_matrix(parts, None), (len(parts.obs), len(parts.var)), "X"))
+    whole = sparse.vstack(counts, format="csr")
+    return _Parts(pd.concat(obs), first.var, None, {None: whole}, first.uns_source)
 
 
 def _chosen_matrix(parts: _Parts, layer: str | None) -> Any:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lingshu_cell.data.cell_folder import is_cell_folder, shard_name
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.input_files import expanded
 from lingshu_cell.output_files import flush, flush_all, locked, writable
 
 _RULE = "The output folder must be writable"
@@ -45,7 +47,7 @@ def provenance(path: Path) -> dict[str, Any] | None:
     Parameters
     ----------
     path
-        h5ad file.
+        h5ad file, or folder of generated cells.
 
     Returns
     -------
@@ -54,6 +56,7 @@ def provenance(path: Path) -> dict[str, Any] | None:
     import h5py
     from anndata.io import read_elem
 
+    path = expanded(path) / shard_name(0) if is_cell_folder(expanded(path)) else path
     if not h5py.is_hdf5(path):
         return None
     try:
