@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import torch
 from conftest import real_cells, tiny_config
@@ -45,6 +46,8 @@ class Job:
         (rank, cells): for this process memory runs out above so many cells, with the error PyTorch raises on a GPU.
     address_space_mib
         Limit on the memory that a process may take in addition, set with the kernel.
+    store
+        Train on the store in this folder.
     """
 
     run: Path
@@ -55,6 +58,7 @@ class Job:
     terminate: tuple[int, int] | None = None
     memory: tuple[int, int] | None = None
     address_space_mib: int | None = None
+    store: Path | None = None
 
 
 def do_jobs(jobs: Sequence[Job]) -> dict[str, list[str]]:
@@ -109,6 +113,13 @@ def _member(rank: int, jobs: Sequence[Job], ports: Sequence[int], sender: Any) -
         sender.send(notes)
 
 
+def screen() -> ad.AnnData:
+    """240 real cells × 150 genes, called a screen of two lines."""
+    cells, rng = real_cells(240, 150), np.random.default_rng(0)
+    cells.obs["line"], cells.obs["drug"] = rng.choice(["A", "B"], 240), rng.choice(["none", "P", "Q", "Q+P"], 240)
+    return cells
+
+
 def _train(rank: int, job: Job, port: int, notes: list[str]) -> None:
     from lingshu_cell.engine.sharding import HeldNetwork
     from lingshu_cell.train import train
@@ -133,10 +144,13 @@ def _train(rank: int, job: Job, port: int, notes: list[str]) -> None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + (job.address_space_mib << 20), limits[1]))
     try:
-        cells = real_cells(240, 150)
-        rng = np.random.default_rng(0)
-        cells.obs["line"], cells.obs["drug"] = rng.choice(["A", "B"], 240), rng.choice(["none", "P", "Q", "Q+P"], 240)
-        train([cells], job.run, tiny_config(job.preset, **job.config), resume=job.resume, on_note=notes.append)
+        train(
+            [job.store or screen()],
+            job.run,
+            tiny_config(job.preset, **job.config),
+            resume=job.resume,
+            on_note=notes.append,
+        )
     finally:
         HeldNetwork.nll = score
         resource.setrlimit(resource.RLIMIT_AS, limits)

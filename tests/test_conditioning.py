@@ -22,6 +22,7 @@ from lingshu_cell.conditioning import (
 )
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.data.condition_sums import ContextSums, LibrarySample
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
 from lingshu_cell.data.training_set import TrainingSet, assemble
 from lingshu_cell.data.vocabulary import ConditionVocabulary
@@ -81,7 +82,9 @@ def split(tmp_path_factory) -> str:
 
 def test_the_perturbation_field_becomes_what_was_applied(built):
     cells, conditioner = built
-    told = conditioner.conditions(cells.condition_NC, dose_N=standard_doses(cells, conditioner))
+    told = conditioner.conditions(
+        cells.condition_NC, dose_N=standard_doses(cells.dose, cells.condition_NC, conditioner)
+    )
     labels = cells.conditions.decode(cells.condition_NC)["drug"].astype(str)
     assert conditioner.perturbations.names == ("none", "P", "Q")
     expected = {"none": [1, 0, 0], "P": [0, 1, 0], "Q": [0, 0, 1], "Q+P": [0, 1, 1]}
@@ -116,7 +119,7 @@ def test_as_control_changes_the_perturbation_alone(built):
 def test_contexts_are_of_training_controls_of_the_same_identity_alone(screen, split):
     """Held-out cells and cells for validation do not enter; nor does any perturbed cell."""
     cells, conditioner, _ = both(screen, split=split, validation_fraction=0.3)
-    counts = cells.counts().toarray()
+    counts = cells.counts_of(slice(None))[0].toarray()
     labels = cells.conditions.decode(cells.condition_NC).astype(str)
     train = np.isin(np.arange(len(labels)), cells.train)
     assert not (labels["line"] == "L3").any()
@@ -170,10 +173,20 @@ def test_a_capped_control_is_context_but_not_trained_on(screen):
     assert len(everything.train) == 300
 
 
+def contexts_of(counts, identity_NC: np.ndarray, piece: int = 7) -> ContextTable:
+    """Contexts of control cells that come in pieces; the perturbation is the second field."""
+    identity_IC, n_I = np.unique(identity_NC, axis=0, return_counts=True)
+    sums = ContextSums(identity_IC, n_I, 1, 1, counts.shape[1], least_cells=8, n_parts=16, part_cells=(32, 256), seed=0)
+    condition_NC = identity_NC + np.array([0, 1])
+    for i in range(0, len(condition_NC), piece):
+        sums.add(counts[i : i + piece], None, condition_NC[i : i + piece])
+    return build_contexts(sums)
+
+
 def test_random_contexts_are_of_parts_of_the_controls_and_come_from_the_generator(built):
     identity_NC = np.array([[1, 0]] * 120 + [[2, 0]] * 180)
-    counts = built[0].counts()
-    table = build_contexts(counts, identity_NC, seed=0)
+    counts = built[0].counts_of(slice(None))[0]
+    table = contexts_of(counts, identity_NC)
     rows = [table.rows(identity_NC, np.random.default_rng(seed).random(300)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(rows[0], rows[1])
     assert (rows[0] != rows[2]).any()
@@ -185,21 +198,21 @@ def test_random_contexts_are_of_parts_of_the_controls_and_come_from_the_generato
         np.testing.assert_array_equal(whole, average_profile(counts[mine]))
         assert (np.abs(parts - whole).mean((1, 2)) > 0).sum() > 5
         assert np.abs(parts.mean(0) - whole).max() < 0.1
-    again = build_contexts(counts, identity_NC, seed=0)
+    again = contexts_of(counts, identity_NC, piece=300)
     np.testing.assert_array_equal(again.profile_KJG, table.profile_KJG)
 
 
 def test_identities_of_fewer_than_8_controls_have_no_context(built):
-    counts = built[0].counts()[:20]
-    table = build_contexts(counts, np.array([[1, 0]] * 13 + [[2, 0]] * 7), seed=0)
+    counts = built[0].counts_of(np.arange(20))[0]
+    table = contexts_of(counts, np.array([[1, 0]] * 13 + [[2, 0]] * 7))
     assert table.identity_IC.tolist() == [[1, 0]]
     assert table.rows(np.array([[1, 0], [2, 0], [3, 0]]), None).tolist() == [1, 0, 0]
-    none = build_contexts(counts, np.arange(40).reshape(20, 2), seed=0)
+    none = contexts_of(counts, np.stack([np.arange(20), np.zeros(20, int)], 1))
     assert none.rows(np.array([[0, 1], [2, 3]]), np.array([0.1, 0.9])).tolist() == [0, 0]
 
 
 def test_average_profile_is_the_share_that_detects_and_the_mean_log_count(built):
-    counts = built[0].counts()[:50]
+    counts = built[0].counts_of(np.arange(50))[0]
     dense = counts.toarray()
     profile = average_profile(counts)
     assert profile.dtype == np.float32
@@ -241,7 +254,11 @@ def test_an_effect_is_never_foretold_from_the_cells_of_its_own_condition(screen)
 def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
     library = np.concatenate([np.arange(1000, 1100), np.arange(5000, 5100), np.arange(200, 220)])
     condition_NC = np.array([[1, 1]] * 100 + [[1, 2]] * 100 + [[2, 1]] * 20)
-    table = build_depths(library, condition_NC)
+    row_RC = np.unique(condition_NC, axis=0)
+    sample = LibrarySample(row_RC, 0)
+    for i in range(0, len(library), 7):
+        sample.add(None, library[i : i + 7], condition_NC[i : i + 7])
+    table = build_depths(row_RC, sample)
     uniform = np.linspace(0, 1, 101)
 
     def draw(row, field=1):
@@ -256,9 +273,17 @@ def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
     np.testing.assert_allclose(draw([7, 7]), np.exp(np.mean([np.log(draw(r)) for r in ([1, 1], [1, 2], [2, 1])], 0)))
 
 
+def test_one_dose_for_all_is_the_mean_dose(screen):
+    alike = screen.copy()
+    alike.obs["dose"] = 0.3
+    cells, conditioner, _ = both(alike)
+    assert (conditioner.dose_mean, conditioner.dose_sd) == (pytest.approx(np.log(0.3)), 1.0)
+    np.testing.assert_allclose(standard_doses(cells.dose, cells.condition_NC, conditioner), 0, atol=1e-6)
+
+
 def test_doses_are_standardised_by_training_cells_and_given_to_what_was_applied(built):
     cells, conditioner = built
-    standard = standard_doses(cells, conditioner)
+    standard = standard_doses(cells.dose, cells.condition_NC, conditioner)
     perturbed = conditioner.is_perturbed(cells.condition_NC)
     assert (standard[~perturbed] == 0).all()
     trained = cells.train[perturbed[cells.train]]

@@ -10,11 +10,11 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums claims commands data data.effect_regression data.hdf5_output datasets diffusion "
-    "diffusion.randomness ema engine errors figures judgement metrics metrics.cell_types metrics.clock "
-    "metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
-    "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.layers "
-    "network.rates tokens",
+    "checksums claims commands data data.condition_sums data.effect_regression data.hdf5_output "
+    "data.positions datasets diffusion diffusion.randomness ema engine errors figures judgement metrics "
+    "metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
+    "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
+    "network.conditions network.layers network.rates tokens",
     "arguments data.condition_labels data.containers data.counts data.effects data.labels data.quality "
     "data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping "
     "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.distribution "
@@ -28,9 +28,10 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder "
     "network.set_denoiser network.transformer_denoiser",
     "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential "
-    "metrics.inputs network.denoiser perturbation_effects response_samples run_config",
-    "baselines conditioning data.loader data.scan evaluate export_vcc2026 response_figures response_libraries silenced",
-    "data.store_builder engine.run_state evaluate_responses expected_effects response_section",
+    "metrics.inputs network.denoiser perturbation_effects response_samples",
+    "baselines conditioning data.loader data.scan evaluate export_vcc2026 response_figures "
+    "response_libraries run_config silenced",
+    "data.store_builder data.stored_cells engine.run_state evaluate_responses expected_effects response_section",
     "prepare request response_report validation_conditions",
     "generate report train",
     "aligned_cells calibrate console demo generate_shards",

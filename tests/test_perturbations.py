@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lingshu_cell.data.condition_labels import canonical_name
 from lingshu_cell.data.de_tables import DE_COLUMNS, silenced_genes
-from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses, standardise_doses
+from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.perturbation_effects import Screen
 
@@ -119,23 +119,6 @@ def test_unknown_perturbations_are_listed_at_most_five():
     assert caught.value.rule == "Perturbations must be among those the model knows"
     assert caught.value.finding == "it does not know 'X1', 'X2', 'Y0', 'Y1', 'Y2', … (7)"
     assert caught.value.remedy == "Known: 'ctrl', 'A', 'B' (3); others need an embedding, see --unseen"
-
-
-def test_doses_are_standardised_over_perturbed_cells_in_logs():
-    doses, is_control = np.array([np.nan, 1.0, 10, 100, 0]), np.array([True, False, False, False, True])
-    standardised, mean, sd = standardise_doses(doses, is_control)
-    assert mean == pytest.approx(np.log(10))
-    assert sd == pytest.approx(np.std(np.log([1, 10, 100])))
-    np.testing.assert_allclose(standardised, [0, -1.2247, 0, 1.2247, 0], atol=1e-4)
-    assert standardised.dtype == np.float32
-    assert standardised.mean() == pytest.approx(0, abs=1e-6)
-
-
-def test_one_dose_for_all_is_the_mean_dose():
-    standardised, mean, sd = standardise_doses(np.full(3, 0.3), np.zeros(3, dtype=bool))
-    np.testing.assert_allclose(standardised, 0, atol=1e-6)
-    assert sd == 1
-    assert mean == pytest.approx(np.log(0.3))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from crew import Job, do_jobs
+from crew import Job, do_jobs, screen
 from torch import nn
 
 from lingshu_cell.checkpoint import load_checkpoint
@@ -26,6 +26,7 @@ from lingshu_cell.engine.processes import World
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import load_model
 from lingshu_cell.network.layers import RowDropout
+from lingshu_cell.prepare import prepare
 from lingshu_cell.tokens import MASK_TOKEN
 from lingshu_cell.train import train
 
@@ -54,7 +55,14 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         told = {"condition_keys": ["line"], "perturbation_key": "drug", "control": "none", "depth": True}
         return Job(folder / name, size, {"data": told, "training": {**STEPS, "rest_share": 0.5, **training}})
 
+    screen().write_h5ad(folder / "cells.h5ad")
+    prepare([folder / "cells.h5ad"], folder / "store", cells_per_shard=50)
+    told = {"condition_keys": ["line"], "perturbation_key": "drug", "control": "none"}
+    stored = {"data": told, "training": {**STEPS, "balance": 0.5, "rest_share": 0.0}}
     jobs = [
+        Job(folder / "stored-one", 1, stored, store=folder / "store"),
+        Job(folder / "stored-moved", 3, stored, store=folder / "store", terminate=(2, 2)),
+        Job(folder / "stored-moved", 2, stored, store=folder / "store", resume=True),
         job("one", 1),
         job("paper-one", 1, "paper"),
         job("whole-3", 3, microbatch_size=4),  # 10, 11 and 11 cells
@@ -85,6 +93,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         ("no-memory-2", "one"),
         ("perturbed-whole-2", "perturbed-one"),
         ("perturbed-parts-2", "perturbed-one"),
+        ("stored-moved", "stored-one"),
     ],
 )
 def test_loss_curve_is_that_of_one_process_within_rounding(crew, run, alone):

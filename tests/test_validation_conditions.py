@@ -112,7 +112,7 @@ def test_history_has_the_scores_of_each_validation(run):
 def judge(kang, split) -> ValidationConditions:
     config = settings(split)
     cells = assemble([read_counts(kang, None, ["cell_type", "perturbation"])], **config.data.assembly())
-    return ValidationConditions.of(cells, build_conditioner(cells, config), None)
+    return ValidationConditions.of(cells, build_conditioner(cells, config))
 
 
 def log_mean_of(cells: ad.AnnData, kind: str, label: str) -> np.ndarray:

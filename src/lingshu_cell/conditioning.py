@@ -15,10 +15,13 @@ from scipy import sparse
 
 from lingshu_cell.config import Config
 from lingshu_cell.data.condition_labels import canonical_name
+from lingshu_cell.data.condition_sums import ContextSums, LibrarySample, Taker
+from lingshu_cell.data.effects import GroupSums, effects_of_sums
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, concatenate, read_embeddings
-from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses, standardise_doses
-from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects, prior_effects
-from lingshu_cell.data.training_set import TrainingSet
+from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
+from lingshu_cell.data.positions import pieces
+from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects, prior_of_effects
+from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.network.conditions import Conditions, Profiles
@@ -29,6 +32,7 @@ _MOST_PROFILES = 512  # of all identities together: memory is this times twice t
 _CONTEXT_CELLS = (32, 256)  # control cells behind one context; fewer are noisy, more teach nothing about noise
 LEAST_CONTEXT_CELLS = 8
 _N_QUANTILES = 65
+_CELLS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,12 @@ class DepthTable:
 
     condition_RC: np.ndarray
     log_quantile_RU: np.ndarray
+
+    def log_moments(self, weight_R: np.ndarray) -> tuple[float, float]:
+        """Mean and standard deviation of the log library size over condition rows of given weights."""
+        at, weight_R = np.linspace(0, 1, self.log_quantile_RU.shape[1]), weight_R / weight_R.sum()
+        mean, square = (float(weight_R @ np.trapezoid(self.log_quantile_RU**k, at, axis=1)) for k in (1, 2))
+        return mean, max(square - mean**2, 0.0) ** 0.5
 
     def draw(self, condition_NC: np.ndarray, uniform_N: np.ndarray, perturbation_field: int | None) -> np.ndarray:
         """Draw a log library size for each cell; a condition row not seen in training is as deep as the rows that
@@ -314,7 +324,7 @@ class Conditioner:
         )
 
 
-def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
+def build_conditioner(cells: TrainingCells, config: Config) -> Conditioner:
     """Make the conditioner of a training run.
 
     Parameters
@@ -343,22 +353,15 @@ def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
         labels = cells.conditions.fields[data.perturbation_key]
         known = PerturbationVocabulary.from_labels(labels, data.control, separator="")
         return Conditioner(cells.conditions, data.perturbation_key, known, as_category=True)
-    depths = build_depths(cells.library[cells.train], cells.condition_NC[cells.train]) if data.depth else None
-    conditioner = Conditioner(cells.conditions, depths=depths)
+    conditioner = Conditioner(cells.conditions)
     if data.perturbation_key is None:
-        return conditioner
+        return _with_tables(conditioner, cells, config)
     labels = cells.conditions.fields[data.perturbation_key]
     known = PerturbationVocabulary.from_labels(labels, data.control, data.combination_separator)
     conditioner = replace(conditioner, perturbation_key=data.perturbation_key, perturbations=known)
-    if cells.dose is not None:
-        train = cells.train
-        _, mean, sd = standardise_doses(cells.dose[train], ~conditioner.is_perturbed(cells.condition_NC[train]))
+    if data.dose_key is not None:
+        mean, sd = _dose_scale(cells, conditioner)
         conditioner = replace(conditioner, dose_mean=mean, dose_sd=sd)
-    if data.context:
-        identity_NC = cells.condition_NC[cells.context_cells].copy()
-        identity_NC[:, conditioner.perturbation_field] = 0
-        contexts = build_contexts(cells.counts()[cells.context_cells], identity_NC, config.training.seed)
-        conditioner = replace(conditioner, contexts=contexts)
     if data.embeddings:
         embeddings = concatenate([read_embeddings(path) for path in data.embeddings])
         vectors, found = scaled_rows(embeddings, known.names[1:])
@@ -370,7 +373,7 @@ def build_conditioner(cells: TrainingSet, config: Config) -> Conditioner:
             )
         control_1Q = np.zeros((1, embeddings.n_dimensions), np.float32)
         conditioner = replace(conditioner, embeddings=embeddings, embedding_PQ=np.concatenate([control_1Q, vectors]))
-    return _with_prior_effects(conditioner, cells, config) if data.prior_effects else conditioner
+    return _with_tables(conditioner, cells, config)
 
 
 def scaled_rows(embeddings: GeneEmbeddings, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -379,76 +382,140 @@ def scaled_rows(embeddings: GeneEmbeddings, names: Sequence[str]) -> tuple[np.nd
     return vectors * np.float32(embeddings.n_dimensions**0.5), found
 
 
-def _with_prior_effects(conditioner: Conditioner, cells: TrainingSet, config: Config) -> Conditioner:
+def _with_tables(conditioner: Conditioner, cells: TrainingCells, config: Config) -> Conditioner:
+    """Add what is measured in the cells, each of which is read once and forgotten."""
+    data, seed, field = config.data, config.training.seed, conditioner.perturbation_field
+    row_RC, n_R = cells.condition_frequencies(cells.seen)
+    libraries = LibrarySample(row_RC, seed) if data.depth else None
+    contexts, effects, n_genes = None, None, len(cells.modelled)
+    if field is not None and data.context:
+        contexts = _context_sums(conditioner, row_RC, n_R, n_genes, seed)
+    if field is not None and data.prior_effects:
+        effects = _EffectSums(conditioner, row_RC, n_genes)
+    read_through(cells, cells.seen, [one for one in (libraries, contexts, effects) if one is not None])
+    if libraries is not None:
+        conditioner = replace(conditioner, depths=build_depths(row_RC, libraries))
+    if contexts is not None:
+        conditioner = replace(conditioner, contexts=build_contexts(contexts))
+    return conditioner if effects is None else _with_prior_effects(conditioner, cells, effects, seed)
+
+
+def read_through(cells: TrainingCells, positions: np.ndarray | range, takers: Sequence[Taker]) -> None:
+    """Show cells to takers, in pieces; counts are read only of cells that one of them wants."""
+    for piece in pieces(positions, _CELLS_AT_ONCE) if takers else ():
+        condition_BC = cells.condition_rows(piece)
+        wanted = np.any([taker.wants(condition_BC) for taker in takers], axis=0)
+        if wanted.any():
+            counts, library_B = cells.counts_of(piece[wanted])
+            for taker in takers:
+                taker.add(counts, library_B, condition_BC[wanted])
+
+
+class _EffectSums:
+    """Sums over the cells of each identity and perturbation, in its canonical spelling: A+B is B+A."""
+
+    def __init__(self, conditioner: Conditioner, row_RC: np.ndarray, n_genes: int) -> None:
+        field, known = conditioner.perturbation_field, conditioner.perturbations
+        labels = conditioner.vocabulary.fields[conditioner.perturbation_key]
+        spelt = [canonical_name(label, known.separator, known.control) for label in labels]
+        self.row_RC = row_RC
+        names = conditioner.identity_names(row_RC)
+        self.key_R = [(name, spelt[row[field] - 1]) for name, row in zip(names, row_RC, strict=True)]
+        self.keys = sorted(set(self.key_R))
+        place = {key: number for number, key in enumerate(self.keys)}
+        self._group_of = {tuple(row): place[key] for row, key in zip(row_RC.tolist(), self.key_R, strict=True)}
+        self.sums = GroupSums(len(self.keys), n_genes)
+
+    def wants(self, condition_BC: np.ndarray) -> np.ndarray:
+        """All cells."""
+        return np.ones(len(condition_BC), dtype=bool)
+
+    def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
+        """Take in cells."""
+        self.sums.add(counts, np.array([self._group_of[tuple(row)] for row in condition_BC.tolist()]))
+
+
+def _with_prior_effects(conditioner: Conditioner, cells: TrainingCells, sums: _EffectSums, seed: int) -> Conditioner:
     """Measure effects in the training cells, and foretell each of them from the others."""
-    used = np.union1d(cells.train, np.flatnonzero(cells.context_cells))
-    condition_NC = cells.condition_NC[used]
-    labels = np.array(cells.conditions.fields[conditioner.perturbation_key])
-    prior = prior_effects(
-        cells.counts()[used],
-        labels[condition_NC[:, conditioner.perturbation_field] - 1].tolist(),
-        conditioner.identity_names(condition_NC),
+    prior = prior_of_effects(
+        effects_of_sums(sums.sums, sums.keys, conditioner.perturbations.control),
         control=conditioner.perturbations.control,
         gene_names=[cells.vocabulary.names[g] for g in cells.modelled],
         embeddings=conditioner.embeddings,
         separator=conditioner.perturbations.separator,
-        seed=config.training.seed,
+        seed=seed,
     )
     effect_KG, found, _ = prior.out_of_fold()
     if not found.any():
         return conditioner
     place = {condition: k for k, condition in enumerate(prior.conditions) if found[k]}
-    effects, rows = [np.zeros_like(effect_KG[0])], [np.full_like(condition_NC[0], -1)]
-    for row in np.unique(condition_NC, axis=0):
-        name = conditioner.identity_names(row[None])[0]
-        label = str(labels[row[conditioner.perturbation_field] - 1])
-        spelt = canonical_name(label, prior.separator, prior.control)  # B+A is A+B
-        if (name, spelt) in place:
-            effects.append(effect_KG[place[name, spelt]])
+    effects, rows = [np.zeros_like(effect_KG[0])], [np.full_like(sums.row_RC[0], -1)]
+    for row, key in zip(sums.row_RC, sums.key_R, strict=True):
+        if key in place:
+            effects.append(effect_KG[place[key]])
             rows.append(row)
     table = EffectTable(np.stack(effects), np.stack(rows))
     return replace(conditioner, effects=table, prior=prior)
 
 
-def standard_doses(cells: TrainingSet, conditioner: Conditioner) -> np.ndarray | None:
+def _dose_scale(cells: TrainingCells, conditioner: Conditioner) -> tuple[float, float]:
+    """Mean and standard deviation of the log doses of perturbed training cells; refuses what is no dose."""
+    n, first, second, origin = 0, 0.0, 0.0, None
+    for part in (cells.validation, cells.train):
+        for piece in pieces(part):
+            log_dose = check_log_doses(cells.doses(piece)[conditioner.is_perturbed(cells.condition_rows(piece))])
+            if part is cells.train and len(log_dose):
+                origin = log_dose[0] if origin is None else origin  # about it, equal doses have no variance at all
+                n += len(log_dose)
+                first += float((log_dose - origin).sum())
+                second += float(((log_dose - origin) ** 2).sum())
+    if not n:
+        return 0.0, 1.0
+    sd = max(second / n - (first / n) ** 2, 0.0) ** 0.5
+    return float(origin) + first / n, sd if sd > 1e-6 else 1.0  # one dose for all
+
+
+def standard_doses(dose_N: np.ndarray | None, condition_NC: np.ndarray, conditioner: Conditioner) -> np.ndarray | None:
     """Standardised log dose of each cell, 0 in control cells; ``None`` where doses are not read."""
     if conditioner.dose_mean is None:
         return None
-    perturbed = conditioner.is_perturbed(cells.condition_NC)
+    perturbed = conditioner.is_perturbed(condition_NC)
     standard = np.zeros(len(perturbed), dtype=np.float32)
-    standard[perturbed] = (check_log_doses(cells.dose[perturbed]) - conditioner.dose_mean) / conditioner.dose_sd
+    standard[perturbed] = (check_log_doses(dose_N[perturbed]) - conditioner.dose_mean) / conditioner.dose_sd
     return standard
 
 
-def build_contexts(counts: sparse.csr_matrix, identity_NC: np.ndarray, seed: int) -> ContextTable:
-    """Average control cells of each identity: all of them, and random parts of 32 to 256 cells.
+def _context_sums(
+    conditioner: Conditioner, row_RC: np.ndarray, n_R: np.ndarray, n_genes: int, seed: int
+) -> ContextSums:
+    """Prepare to average control cells of each identity: all of them, and random parts of 32 to 256 cells."""
+    field, control = conditioner.perturbation_field, conditioner.perturbations.control
+    index = 1 + conditioner.vocabulary.fields[conditioner.perturbation_key].index(control)
+    of_control = row_RC[:, field] == index
+    identity_IC = row_RC[of_control].copy()
+    identity_IC[:, field] = 0
+    order = np.lexsort(identity_IC.T[::-1])
+    identity_IC, n_I = identity_IC[order], n_R[of_control][order]
+    n_known = max(int((n_I >= LEAST_CONTEXT_CELLS).sum()), 1)
+    return ContextSums(
+        identity_IC, n_I, field, index, n_genes,
+        least_cells=LEAST_CONTEXT_CELLS,
+        n_parts=int(np.clip(_MOST_PROFILES // n_known - 1, 1, _MOST_CONTEXT_DRAWS)),
+        part_cells=_CONTEXT_CELLS,
+        seed=seed,
+    )  # fmt: skip
 
-    Parameters
-    ----------
-    counts
-        UMI counts of the control cells, N × G.
-    identity_NC
-        Their condition rows with 0 in the perturbation field. Identities of fewer than 8 control cells get none.
-    seed
-        Seed of the random parts.
-    """
-    rng = np.random.default_rng(seed)
-    identity_IC, of_cell, n_cells = np.unique(identity_NC, axis=0, return_inverse=True, return_counts=True)
-    of_cell = of_cell.reshape(-1)
-    enough = np.flatnonzero(n_cells >= LEAST_CONTEXT_CELLS)
-    draws = int(np.clip(_MOST_PROFILES // max(len(enough), 1) - 1, 1, _MOST_CONTEXT_DRAWS))
-    profiles, first, n = [np.zeros((2, counts.shape[1]), np.float32)], [], []
-    for identity in enough:
-        cells = np.flatnonzero(of_cell == identity)
-        first.append(len(profiles))
-        profiles.append(average_profile(counts[cells]))
-        for _ in range(draws):
-            low, high = np.log(_CONTEXT_CELLS)
-            size = min(int(np.exp(rng.uniform(low, high))), len(cells))
-            profiles.append(average_profile(counts[rng.choice(cells, size, replace=False)]))
-        n.append(len(profiles) - first[-1])
+
+def build_contexts(sums: ContextSums) -> ContextTable:
+    """Average control cells of each identity; those of fewer than 8 control cells get no profile."""
+    n_each, n_known = 1 + sums.n_parts, len(sums.known_IC)
+    profile_KJG = (sums.sum_KJG / np.maximum(sums.n_K, 1)[:, None, None]).astype(np.float32)
+    none_1JG = np.zeros((1, *sums.overall_JG.shape), np.float32)
     return ContextTable(
-        np.stack(profiles), identity_IC[enough], np.array(first, dtype=np.int64), np.array(n, dtype=np.int64)
+        np.concatenate([none_1JG, profile_KJG]),
+        sums.known_IC,
+        1 + n_each * np.arange(n_known, dtype=np.int64),
+        np.full(n_known, n_each, dtype=np.int64),
     )
 
 
@@ -459,12 +526,11 @@ def average_profile(counts: sparse.csr_matrix) -> np.ndarray:
     return (np.stack([detected, log_sum]) / max(counts.shape[0], 1)).astype(np.float32)
 
 
-def build_depths(library_N: np.ndarray, condition_NC: np.ndarray) -> DepthTable:
+def build_depths(condition_RC: np.ndarray, libraries: LibrarySample) -> DepthTable:
     """Take the quantiles of the log library size in each condition row."""
-    condition_RC, row_N = np.unique(condition_NC, axis=0, return_inverse=True)
-    log_N, at = np.log(np.maximum(library_N, 1)), np.linspace(0, 1, _N_QUANTILES)
-    row_N = row_N.reshape(-1)
-    return DepthTable(condition_RC, np.stack([np.quantile(log_N[row_N == r], at) for r in range(len(condition_RC))]))
+    at = np.linspace(0, 1, _N_QUANTILES)
+    log_quantiles = [np.quantile(np.log(np.maximum(libraries.of_row(r), 1)), at) for r in range(len(condition_RC))]
+    return DepthTable(condition_RC, np.stack(log_quantiles))
 
 
 def _profiles(table_KJG: np.ndarray, row_N: np.ndarray) -> Profiles:

@@ -25,7 +25,7 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What is read from the AnnData files and how cells are split."""
 
-    layer: str | None = Field(None, description="Layer with raw counts; X when not given.")
+    layer: str | None = Field(None, description="Layer with raw counts; X when not given. A store has but one.")
     condition_keys: tuple[str, ...] = Field((), description="obs columns the model is conditioned on, e.g. cell_type.")
     perturbation_key: str | None = Field(
         None, description="obs column of perturbations (gene target, cytokine, drug; control cells have a label too)."
@@ -53,9 +53,13 @@ class DataConfig(_Section):
     min_cells_per_gene: int = Field(
         3, ge=0, description="Genes detected in fewer training cells are drawn from their frequency, not modelled."
     )
-    min_coverage: float = Field(0.5, ge=0, le=1, description="Least share of the gene list every data set must cover.")
+    min_coverage: float = Field(
+        0.5, ge=0, le=1, description="Least share of the gene list every file must cover; not asked of a store."
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="Share of cells held out for the validation NELBO.")
-    split_seed: int = Field(0, ge=0, description="Seed of the training / validation split.")
+    split_seed: int = Field(
+        0, ge=0, description="Seed of the training / validation split; of a store: which block of its cells validates."
+    )
 
     def assembly(self) -> dict[str, Any]:
         """Give the settings that decide how data sets are brought together."""

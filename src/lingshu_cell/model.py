@@ -82,7 +82,7 @@ class LingshuCell:
         Parameters
         ----------
         data
-            One or several AnnData objects or h5ad files of raw counts.
+            One or several AnnData objects or h5ad files of raw counts, or the folder of a store.
         out
             Run folder: new or empty, or with ``resume`` the folder of an interrupted run.
         preset

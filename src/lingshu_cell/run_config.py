@@ -10,6 +10,7 @@ import pandas as pd
 from lingshu_cell.checkpoint import load_checkpoint, reading
 from lingshu_cell.config import Config, load_config
 from lingshu_cell.data.anndata_io import read_obs
+from lingshu_cell.data.store import is_store, open_store
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import expanded
 
@@ -89,17 +90,20 @@ def automatic_condition_keys(sources: Sequence[Path | str | ad.AnnData]) -> tupl
     Parameters
     ----------
     sources
-        AnnData objects, files or URLs; only ``obs`` is read.
+        AnnData objects, files or URLs, or the folder of a store; only ``obs`` is read.
 
     Raises
     ------
     LingshuError
         If a source cannot be read.
     """
-    return (_AUTOMATIC_KEY,) if all(_has_labels(read_obs(source)) for source in sources) else ()
+    return (_AUTOMATIC_KEY,) if all(_has_labels(source) for source in sources) else ()
 
 
-def _has_labels(obs: pd.DataFrame) -> bool:
+def _has_labels(source: Path | str | ad.AnnData) -> bool:
+    if is_store(source):
+        return open_store(source).is_labelled(_AUTOMATIC_KEY)
+    obs = read_obs(source)
     if _AUTOMATIC_KEY not in obs:
         return False
     column = obs[_AUTOMATIC_KEY]

@@ -10,6 +10,7 @@ import torch
 
 from lingshu_cell.aligned_cells import align_cells
 from lingshu_cell.checkpoint import Checkpoint
+from lingshu_cell.checksums import sha256
 from lingshu_cell.curve_store import StoredCurve, load_curve, save_curve
 from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.data.splits import split_cells
@@ -17,6 +18,7 @@ from lingshu_cell.diffusion.information import InformationCurve, knots, measure_
 from lingshu_cell.diffusion.plan import SCHEDULES, Schedule, choose_schedule
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import TrainedModel, load_model, resolve_schedule
+from lingshu_cell.input_files import expanded
 from lingshu_cell.output_files import writable, write_atomically
 
 BUDGETS = (3, 8, 16, 32, 64, 128, 256)
@@ -116,6 +118,13 @@ def _measure(model: TrainedModel, data: Sequence[Path | str | ad.AnnData], layer
     """Measure the curve on cells that were not trained on."""
     layer = model.config.data.layer if layer is None else layer
     sets = [read_counts(source, layer) for source in data]
+    files = [expanded(source) for source in data if isinstance(source, (str, Path))]
+    if {sha256(file) for file in files if file.is_file()} & set(model.checkpoint.manifest["data_fingerprints"]):
+        raise LingshuError(
+            "The information curve needs cells that were not trained on",
+            "the store that the run was trained on was made of these files",
+            "Pass held-out cells, or leave --data out to use the curve that training measured",
+        )
     held_out, words = _held_out(model, sets)
     # spread over all data sets and cell types, whatever their order
     held_out = held_out[:: -(-len(held_out) // _MOST_CELLS)]

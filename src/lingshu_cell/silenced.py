@@ -2,7 +2,7 @@
 silences in other identities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,15 @@ import pandas as pd
 
 from lingshu_cell.checksums import sha256
 from lingshu_cell.config import DataConfig
+from lingshu_cell.data.condition_sums import Tally
 from lingshu_cell.data.de_tables import join_de_tables, read_de_table, silenced_genes, strongly_down_regulated
-from lingshu_cell.data.training_set import TrainingSet
+from lingshu_cell.data.positions import pieces
+from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.output_files import writable, write_text
 
 SILENCED_FILE = "silenced.csv"
+_CELLS_AT_ONCE = 4096
 _LEAST_CELLS = 3  # of a condition, for its test to say anything
 
 
@@ -74,17 +77,20 @@ def read_silenced(run: Path, de_tables: Path | str | None = None, expected: str 
     return Silenced(table, "the training cells" if de_tables is None else path.name)
 
 
-def measure_silenced(cells: TrainingSet, identity_N: Sequence[str], data: DataConfig) -> pd.DataFrame:
+def measure_silenced(
+    cells: TrainingCells, identity_names: Callable[[np.ndarray], Sequence[str]], data: DataConfig
+) -> pd.DataFrame:
     """Test the training cells of every perturbation against control cells of the same identity, by pdex.
 
-    Means are counts per cell, normalised to the median library size of the training cells.
+    Means are counts per cell, normalised to the median library size of the training cells. One identity at a time is
+    in memory.
 
     Parameters
     ----------
     cells
-        The training set.
-    identity_N
-        Name of each cell's identity.
+        The training cells.
+    identity_names
+        Names the identities of condition rows.
     data
         Which field holds the perturbations, and what control is called.
 
@@ -96,20 +102,30 @@ def measure_silenced(cells: TrainingSet, identity_N: Sequence[str], data: DataCo
     """
     from lingshu_cell.metrics.differential import differential_tables  # pdex is an extra
 
-    used = np.union1d(cells.train, np.flatnonzero(cells.context_cells))
-    counts, identities = cells.counts()[used], np.array(identity_N, dtype=object)[used]
-    labels = cells.conditions.decode(cells.condition_NC[used])[data.perturbation_key].astype(str).to_numpy(object)
+    row_RC, n_R = cells.condition_frequencies(cells.seen)
+    label_R = cells.conditions.decode(row_RC)[data.perturbation_key].astype(str).to_numpy(object)
+    identity_R = np.array(identity_names(row_RC), dtype=object)
     control, names = data.control, [cells.vocabulary.names[g] for g in cells.modelled]
-    target_sum = float(np.median(np.asarray(counts.sum(1))))
+    totals = Tally()
+    for piece in pieces(cells.seen, _CELLS_AT_ONCE):
+        totals.add(cells.counts_of(piece)[0].sum(1))
+    target_sum = totals.median()
     tables: dict[tuple[str, str], pd.DataFrame] = {}
-    for identity in sorted(set(identities)):
-        here = np.flatnonzero(identities == identity)
-        n_cells = pd.Series(labels[here]).value_counts()
-        enough = set(n_cells.index[n_cells >= _LEAST_CELLS])
-        if control not in enough or len(enough) < 2:
+    for identity in sorted(set(identity_R)):
+        of_rows = {
+            tuple(row): label
+            for row, label, n, name in zip(row_RC.tolist(), label_R, n_R, identity_R, strict=True)
+            if name == identity and n >= _LEAST_CELLS
+        }
+        if control not in of_rows.values() or len(of_rows) < 2:
             continue
-        here = here[[label in enough for label in labels[here]]]
-        found = differential_tables(counts[here], labels[here], control, names, target_sum=target_sum)
+        here, labels = [], []
+        for piece in pieces(cells.seen):
+            found = [of_rows.get(tuple(row)) for row in cells.condition_rows(piece).tolist()]
+            here += [cell for cell, label in zip(piece.tolist(), found, strict=True) if label is not None]
+            labels += [label for label in found if label is not None]
+        counts = cells.counts_of(np.array(here))[0]
+        found = differential_tables(counts, np.array(labels, object), control, names, target_sum=target_sum)
         tables |= {(identity, label): table for label, table in found.items()}
     whole = join_de_tables(tables)
     first = ~whole.duplicated(["identity", "target"])
@@ -117,7 +133,11 @@ def measure_silenced(cells: TrainingSet, identity_N: Sequence[str], data: DataCo
 
 
 def keep_silenced(
-    run: Path, cells: TrainingSet, identity_N: Sequence[str], data: DataConfig, known: str | None = None
+    run: Path,
+    cells: TrainingCells,
+    identity_names: Callable[[np.ndarray], Sequence[str]],
+    data: DataConfig,
+    known: str | None = None,
 ) -> str:
     """Measure what perturbations silence, as :func:`measure_silenced`, and leave it in the run folder.
 
@@ -125,7 +145,7 @@ def keep_silenced(
     ----------
     run
         The run folder.
-    cells, identity_N, data
+    cells, identity_names, data
         See :func:`measure_silenced`.
     known
         The sha256 of what an earlier part of the run left there; what matches it is not measured again.
@@ -136,7 +156,7 @@ def keep_silenced(
     """
     file = run / SILENCED_FILE
     if known is None or not file.is_file() or sha256(file) != known:
-        table = measure_silenced(cells, identity_N, data)
+        table = measure_silenced(cells, identity_names, data)
         with writable("The run folder must be writable", file, "Free some space, then go on with --resume"):
             write_text(file, table.to_csv(index=False))
     return sha256(file)

@@ -21,8 +21,10 @@ from lingshu_cell.checkpoint import is_unfinished, sweep
 from lingshu_cell.conditioning import build_conditioner, standard_doses
 from lingshu_cell.config import Config, DataConfig
 from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.data.store import is_store
+from lingshu_cell.data.stored_cells import open_cells
 from lingshu_cell.data.tokenizer import token_midpoints
-from lingshu_cell.data.training_set import TrainingSet, assemble, balanced_probabilities, minibatch_cells
+from lingshu_cell.data.training_set import CellRows, TrainingCells, assemble
 from lingshu_cell.diffusion.information import InformationCurve, knots, measure_curve
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.diffusion.noising import MaskLaw
@@ -87,14 +89,15 @@ def train(
     on_note: Callable[[str], None] = lambda note: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainingResult:
-    """Train a model on one or several data sets and write it to a run folder.
+    """Train a model on one or several data sets, or on a store, and write it to a run folder.
 
     Started by torchrun in several processes, all of them call this with the same arguments; see docs/distributed.md.
 
     Parameters
     ----------
     sources
-        h5ad files (or AnnData objects) of raw counts.
+        h5ad files (or AnnData objects) of raw counts, which are held in memory; or one folder that ``lingshu prepare``
+        wrote, whose counts stay on disk.
     out
         Run folder; new, or with ``resume`` one that an interrupted run left.
     config
@@ -155,7 +158,7 @@ class _Trainer:
         self,
         run: Path,
         config: Config,
-        cells: TrainingSet,
+        cells: TrainingCells,
         resume: bool,
         device: torch.device,
         world: World,
@@ -166,9 +169,9 @@ class _Trainer:
         self.device, self.world = device, world
         self.on_note = on_note
         self.conditioner = world.agreed(lambda: build_conditioner(cells, config))
-        self.dose_N = standard_doses(cells, self.conditioner)
-        rows_NC = cells.condition_NC[cells.train]
-        self.probabilities = balanced_probabilities(rows_NC, settings.balance) if settings.balance else None
+        self.draw = world.agreed(
+            lambda: cells.draws(settings.minibatch_size, settings.seed, settings.balance, world.rank, world.size)
+        )
         self.held = HeldNetwork(self._network(at_frequencies=not resume), world, settings.sharding)
         self.averages = [PowerEma(sigma, self.held.parts) for sigma in settings.ema_sigma_rel]
         self.optimiser = build_optimiser(self.held.parts, settings)
@@ -229,7 +232,7 @@ class _Trainer:
     def _describe(self) -> None:
         """Leave in the run folder what is known before the first step."""
         if self.config.data.silenced:
-            names, data = self.conditioner.identity_names(self.cells.condition_NC), self.config.data
+            names, data = self.conditioner.identity_names, self.config.data
             self.silenced_sha256 = keep_silenced(self.run, self.cells, names, data, self.silenced_sha256)
         with writable("The run folder must be writable", self.run, "Free some space, then go on with --resume"):
             write_text(self.run / "config.json", self.config.model_dump_json(indent=1))
@@ -242,8 +245,8 @@ class _Trainer:
         if at_frequencies and hasattr(network, "start_at_frequencies"):
             network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
             if network.depth is not None:
-                log_library = np.log(np.maximum(cells.library[cells.train], 1))
-                network.depth.start_at(float(log_library.mean()), float(log_library.std()))
+                _, n_cells = cells.condition_frequencies(cells.seen)
+                network.depth.start_at(*self.conditioner.depths.log_moments(n_cells))
         return network.to(self.device)
 
     def _finished(self) -> bool:
@@ -277,12 +280,11 @@ class _Trainer:
 
     def _share(self) -> Share:
         """This process's cells of the step."""
-        settings, cells = self.settings, self.cells
-        n, g = settings.minibatch_size, len(cells.modelled)
+        settings = self.settings
+        n, g = settings.minibatch_size, len(self.cells.modelled)
         draws = StepDraws.of(self.step, n, g, self.law, settings.seed, self.device)
         mine = self.world.share(n)
-        chosen = minibatch_cells(cells.train, n, self.step, settings.seed, self.probabilities)[mine]
-        x_0_BG, conditions = self._on_device(chosen, draws.context_uniforms(mine))
+        x_0_BG, conditions = self._on_device(self.draw(self.step), draws.context_uniforms(mine))
         progress = max(self.step / settings.steps, self._share_of_time())
         return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings, progress), draws)
 
@@ -318,7 +320,7 @@ class _Trainer:
         """Find the validation conditions; a network in parts has no whole answer to measure them by."""
         if self.settings.sharding == "full":
             return None
-        return ValidationConditions.of(self.cells, self.conditioner, self.dose_N)
+        return self.world.agreed(lambda: ValidationConditions.of(self.cells, self.conditioner))
 
     def _measure_conditions(self) -> tuple[dict[str, float], bool]:
         """Columns of validation conditions, and whether this step foretells them best; nothing where there are none."""
@@ -359,18 +361,18 @@ class _Trainer:
 
     def _held_out(self, n_cells: int) -> Iterator[tuple[Tensor, Conditions]]:
         """At most ``n_cells`` validation cells, spread over all data sets and cell types, whatever their order."""
-        cells = self.cells.validation[:: -(-len(self.cells.validation) // n_cells)]
+        cells = np.asarray(self.cells.validation[:: -(-len(self.cells.validation) // n_cells)], dtype=np.int64)
         for piece in np.array_split(cells, -(-len(cells) // self.settings.minibatch_size)):
-            yield self._on_device(piece)
+            yield self._on_device(self.cells.rows(piece))
 
-    def _on_device(self, cells: np.ndarray, context_uniform_B: np.ndarray | None = None) -> tuple[Tensor, Conditions]:
+    def _on_device(self, rows: CellRows, context_uniform_B: np.ndarray | None = None) -> tuple[Tensor, Conditions]:
         """Tokens and conditions of some cells; with uniforms as in training: random contexts, and library sizes."""
-        x_0_BG = torch.from_numpy(self.cells.dense_tokens(cells)).to(self.device)
+        x_0_BG = torch.from_numpy(rows.tokens_BG).to(self.device)
         in_training = context_uniform_B is not None
         conditions = self.conditioner.conditions(
-            self.cells.condition_NC[cells],
-            dose_N=None if self.dose_N is None else self.dose_N[cells],
-            log_depth_N=np.log(np.maximum(self.cells.library[cells], 1)) if in_training else None,
+            rows.condition_BC,
+            dose_N=standard_doses(rows.dose_B, rows.condition_BC, self.conditioner),
+            log_depth_N=np.log(np.maximum(rows.library_B, 1)) if in_training else None,
             context_uniform_N=context_uniform_B,
         )
         return x_0_BG, conditions.to(self.device)
@@ -412,14 +414,26 @@ class _Trainer:
         self.losses = Losses(manifest["first_loss"], manifest["smooth_loss"])
         self.seconds = manifest["seconds"] or 0.0
         self.silenced_sha256 = manifest.get("silenced_sha256")
-        return manifest.get("best")
+        return manifest["best"]
 
 
 def _say_nothing(anything: object) -> None:
     """Other processes than the first do not report."""
 
 
-def _read(sources: Sequence[Path | str | ad.AnnData], config: Config) -> TrainingSet:
+def _read(sources: Sequence[Path | str | ad.AnnData], config: Config) -> TrainingCells:
+    if any(is_store(source) for source in sources):
+        if len(sources) > 1:
+            raise LingshuError("A store is trained on alone", f"{len(sources)} sources", "Prepare them as one store")
+        if config.data.layer is not None:
+            raise LingshuError(
+                "A store holds the counts of one layer",
+                f"data.layer is {config.data.layer!r}",
+                "Leave it out here, and choose the layer with lingshu prepare --layer",
+            )
+        settings = config.data.assembly()
+        del settings["min_coverage"]  # prepare reports how genes go together; other species share few of them
+        return open_cells(sources[0], **settings)
     data_sets = [read_counts(source, config.data.layer, _label_keys(config.data)) for source in sources]
     return assemble(data_sets, **config.data.assembly())
 

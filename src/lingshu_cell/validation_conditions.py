@@ -16,9 +16,10 @@ import torch
 from scipy import sparse
 
 from lingshu_cell.checkpoint import holds_step, mark_best, read_best
-from lingshu_cell.conditioning import Conditioner
+from lingshu_cell.conditioning import Conditioner, read_through, standard_doses
+from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.tokenizer import token_midpoints
-from lingshu_cell.data.training_set import TrainingSet
+from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.expected_effects import with_expected_effects
 from lingshu_cell.history import RunTable
@@ -93,44 +94,44 @@ class ValidationConditions:
     best_step: int | None = None
 
     @classmethod
-    def of(
-        cls, cells: TrainingSet, conditioner: Conditioner, dose_N: np.ndarray | None
-    ) -> "ValidationConditions | None":
+    def of(cls, cells: TrainingCells, conditioner: Conditioner) -> "ValidationConditions | None":
         """Find the perturbed conditions that validation cells have and training cells do not; ``None`` where there are
         none with enough cells, and control cells, to measure anything.
         """
         if conditioner.perturbation_key is None or not len(cells.validation):
             return None
         known_RC, _ = cells.condition_frequencies()
-        known, validation = {tuple(row) for row in known_RC.tolist()}, cells.condition_NC[cells.validation]
-        controls = np.union1d(np.flatnonzero(cells.context_cells), cells.validation)
-        controls = controls[~conditioner.is_perturbed(cells.condition_NC[controls])]
-        counts, doses = cells.counts(), np.zeros(len(cells.condition_NC)) if dose_N is None else dose_N
-        rows, measured, dose, chosen = [], [], [], []
-        for row in np.unique(validation[conditioner.is_perturbed(validation)], axis=0):
-            perturbed = cells.validation[(validation == row).all(1)]
-            at_rest = controls[(cells.condition_NC[controls] == conditioner.as_control(row[None])[0]).all(1)]
-            if tuple(row.tolist()) in known or min(len(perturbed), len(at_rest)) < _LEAST_CELLS:
-                continue
-            rows.append(row)
-            measured.append(_log_mean(counts[perturbed]) - _log_mean(counts[at_rest]))
-            dose.append(doses[perturbed].mean())
-            chosen.append(perturbed)
-        if not rows:
+        row_RC, _ = cells.condition_frequencies(cells.validation)
+        row_RC = row_RC[conditioner.is_perturbed(row_RC)]
+        known = {tuple(row) for row in known_RC.tolist()}
+        row_RC = row_RC[[tuple(row) not in known for row in row_RC.tolist()]].reshape(-1, row_RC.shape[1])
+        if not len(row_RC):
             return None
-        row_KC, each = np.stack(rows), max(_MOST_CELLS // len(rows), 1)
-        some = np.concatenate([one[:: -(-len(one) // each)] for one in chosen])
+        sums = _LogMeans(row_RC, conditioner.as_control(row_RC), len(cells.modelled))
+        for part in (cells.validation, cells.seen):
+            read_through(cells, part, [sums])
+        enough = np.flatnonzero(sums.n_cells.min(0) >= _LEAST_CELLS)
+        if not len(enough):
+            return None
+        chosen, doses = _cells_of(cells, row_RC), []
+        for of_row in chosen:
+            dose_B = _doses_of(cells, of_row, conditioner)
+            doses.append(0.0 if dose_B is None else float(dose_B.mean()))
+        row_KC, each = row_RC[enough], max(_MOST_CELLS // len(enough), 1)
+        some = np.concatenate([chosen[k][:: -(-len(chosen[k]) // each)] for k in enough])
         extended, _ = with_expected_effects(conditioner, row_KC, known_RC)
         labels = extended.vocabulary.decode(row_KC).astype(str).to_numpy()
+        rows, dose_B = cells.rows(some), _doses_of(cells, some, conditioner)
+        log_mean_2RG = sums.log_means()
         return cls(
             extended,
             tuple(" / ".join(one) for one in labels),
             row_KC,
-            np.array(dose),
-            np.stack(measured),
-            cells.dense_tokens(some),
-            cells.condition_NC[some],
-            doses[some],
+            np.array(doses)[enough],
+            (log_mean_2RG[0] - log_mean_2RG[1])[enough],
+            rows.tokens_BG,
+            rows.condition_BC,
+            np.zeros(len(some)) if dose_B is None else dose_B,
         )
 
     @torch.no_grad()
@@ -222,8 +223,60 @@ class ValidationConditions:
         return {"condition_explained": score, "conditions": list(self.names)}
 
 
-def _log_mean(counts: sparse.csr_matrix) -> np.ndarray:
-    """Log of mean counts in 10,000, each cell weighing the same, shape G."""
-    totals = np.asarray(counts.sum(1)).ravel().astype(np.float64)
-    weight = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
-    return np.log(counts.T @ weight / max(np.count_nonzero(weight), 1) + _PSEUDOCOUNT)
+def _cells_of(cells: TrainingCells, row_RC: np.ndarray) -> list[np.ndarray]:
+    """Find the validation cells of each condition row."""
+    place = {tuple(row): i for i, row in enumerate(row_RC.tolist())}
+    found: list[list[np.ndarray]] = [[] for _ in place]
+    for piece in pieces(cells.validation):
+        row_B = np.array([place.get(tuple(row), -1) for row in cells.condition_rows(piece).tolist()])
+        for i in np.unique(row_B[row_B >= 0]):
+            found[i].append(piece[row_B == i])
+    return [np.concatenate(parts) for parts in found]
+
+
+def _doses_of(cells: TrainingCells, some: np.ndarray, conditioner: Conditioner) -> np.ndarray | None:
+    return standard_doses(cells.doses(some), cells.condition_rows(some), conditioner)
+
+
+class _LogMeans:
+    """Mean counts in 10,000 of conditions and of their control cells, each cell weighing the same."""
+
+    def __init__(self, row_RC: np.ndarray, control_RC: np.ndarray, n_genes: int) -> None:
+        self._rows = [{tuple(row): i for i, row in enumerate(row_RC.tolist())}]
+        self._control_IC, self._identity_of = np.unique(control_RC, axis=0, return_inverse=True)
+        self._rows.append({tuple(row): i for i, row in enumerate(self._control_IC.tolist())})
+        self._sums = [np.zeros((len(of), n_genes)) for of in self._rows]
+        self._n_used, self._n_cells = ([np.zeros(len(of), dtype=np.int64) for of in self._rows] for _ in range(2))
+
+    @property
+    def n_cells(self) -> np.ndarray:
+        """Perturbed and control cells of each condition, 2 × R."""
+        return np.stack([self._n_cells[0], self._n_cells[1][self._identity_of.reshape(-1)]])
+
+    def wants(self, condition_BC: np.ndarray) -> np.ndarray:
+        """Say which cells are of a condition, or of its control cells."""
+        return np.max(self._places(condition_BC), axis=0) >= 0
+
+    def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
+        """Take in cells."""
+        totals = np.asarray(counts.sum(1)).ravel().astype(np.float64)
+        weight = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
+        for which, place_B in enumerate(self._places(condition_BC)):
+            for i in np.unique(place_B[place_B >= 0]):
+                mine = place_B == i
+                self._sums[which][i] += counts[mine].T @ weight[mine]
+                self._n_used[which][i] += np.count_nonzero(weight[mine])
+                self._n_cells[which][i] += mine.sum()
+
+    def log_means(self) -> np.ndarray:
+        """Give the logs of the means of each condition and of its control cells, 2 × R × G."""
+        perturbed, control = (
+            np.log(total / np.maximum(n, 1)[:, None] + _PSEUDOCOUNT)
+            for total, n in zip(self._sums, self._n_used, strict=True)
+        )
+        return np.stack([perturbed, control[self._identity_of.reshape(-1)]])
+
+    def _places(self, condition_BC: np.ndarray) -> np.ndarray:
+        """Place of each cell's row among the conditions, and among their control rows; -1 where it has none."""
+        rows = [tuple(row) for row in condition_BC.tolist()]
+        return np.array([[of.get(row, -1) for row in rows] for of in self._rows])

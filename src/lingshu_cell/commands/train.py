@@ -18,6 +18,7 @@ EXAMPLES = (
     "lingshu train donor1.h5ad donor2.h5ad --out run --condition-key cell_type --condition-key donor",
     "lingshu train cells.h5ad --out run --set training.steps=5000 --set data.layer=counts",
     "lingshu train screen.h5ad --out run --perturbation-key gene --control non-targeting --condition-key cell_line",
+    "lingshu train store --out run --condition-key data_set --condition-key cell_type",
     "lingshu train cells.h5ad --out run --resume",
     "lingshu train cells.h5ad --out run --processes 4",
 )
@@ -25,7 +26,11 @@ EXAMPLES = (
 
 def train(
     data: Annotated[
-        list[str], typer.Argument(metavar="DATA.h5ad…", help="Raw UMI counts of every gene, one or more files.")
+        list[str],
+        typer.Argument(
+            metavar="DATA.h5ad…",
+            help="Raw UMI counts of every gene: one or more files, or a store that lingshu prepare made.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="RUN", help="New folder for the trained model.")],
     preset: Preset = None,

@@ -1,7 +1,7 @@
 """Which conditions a model may see: held-out perturbations, pairs and identities, few-shot shares, control shares."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from lingshu_cell.errors import LingshuError, offenders
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PARTS = (TRAIN, VALIDATION, TEST)
+_CELLS_AT_ONCE = 1 << 18
 _MOST_LISTED = 20  # held-out conditions that describe() names
 
 
@@ -116,7 +117,34 @@ class ConditionSplit:
             If a column or label is missing, a name does not occur, an entry has no cells of its own, a held-out
             perturbation trains inside a combination, an identity has no control cells, or nothing is left to train.
         """
-        found = _Found.read(obs, self)
+        return np.array(PARTS, dtype=object)[self._parts(_Found.read(obs, self))]
+
+    def assign_codes(
+        self, identity: "Labelled | None", perturbation: "Labelled", names_of: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Give each cell its part as :meth:`assign` does, from labels that are stored as codes.
+
+        Parameters
+        ----------
+        identity, perturbation
+            Labels of the cells; the identity is None where the split has no ``identity_key``.
+        names_of
+            Gives the names of cells by their position; asked only for conditions that are drawn from.
+
+        Returns
+        -------
+        np.ndarray
+            Index into ``PARTS``, int8, shape [n_cells].
+
+        Raises
+        ------
+        LingshuError
+            As :meth:`assign`.
+        """
+        return self._parts(_Found.of(identity, perturbation, names_of, self))
+
+    def _parts(self, found: "_Found") -> np.ndarray:
+        """Give the part of each cell as index into ``PARTS``, int8."""
         self._check_named(found)
         where = np.full(len(found.identity), TRAIN, dtype=object)  # part of each pair
         for part, section in ((VALIDATION, self.validation), (TEST, self.held_out)):
@@ -127,13 +155,13 @@ class ConditionSplit:
         for part, section in ((VALIDATION, self.validation), (TEST, self.held_out)):
             _check_each_has_cells(section, part, where, found)
         shares = self._few_shot_shares(where, found)
-        parts = where[found.pair_of_cell]
+        parts = np.array([PARTS.index(part) for part in where], dtype=np.int8)[found.pair_of_cell]
         for pair, share in shares.items():
-            parts[self._drawn(found, found.rows(pair), share, pair)] = TRAIN
+            parts[self._drawn(found, found.rows(pair), share, pair)] = PARTS.index(TRAIN)
         self._draw_controls(parts, where, found)
         self._check_combinations(where, found, set(shares))
         self._check_controls_exist(where, found)
-        if not (parts == TRAIN).any():
+        if not (parts == PARTS.index(TRAIN)).any():
             raise LingshuError("Training needs cells", "the split holds out every cell", "Hold out fewer conditions")
         return parts
 
@@ -264,12 +292,12 @@ class ConditionSplit:
             n_all = len(rows)
             for part, share in self.control_shares:
                 chosen = self._drawn(found, rows, share * n_all / len(rows), pair)
-                parts[chosen] = part
+                parts[chosen] = PARTS.index(part)
                 rows = rows[~np.isin(rows, chosen)]
 
     def _drawn(self, found: "_Found", rows: np.ndarray, share: float, pair: int) -> np.ndarray:
         """Draw a share of a condition's cells, never all and, of two or more, never none."""
-        rows = rows[np.argsort(found.cell_names[rows].astype(str), kind="stable")]  # not in the order of the file
+        rows = rows[np.argsort(found.names_of(rows).astype(str), kind="stable")]  # not in the order of the file
         n_drawn = min(max(round(share * len(rows)), 1), len(rows) - 1)
         key = hashlib.sha256(f"{found.identity[pair]}\x00{found.perturbation[pair]}".encode()).digest()[:8]
         draws = np.random.default_rng([self.seed, int.from_bytes(key, "little")]).permutation(len(rows))
@@ -336,10 +364,18 @@ class ConditionSplit:
 
 
 @dataclass(frozen=True, eq=False)
+class Labelled:
+    """A label of every cell: its index among the labels there are."""
+
+    codes: np.ndarray
+    labels: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
 class _Found:
     """The pairs of identity and perturbation that occur, perturbations in canonical form, and the pair of each cell."""
 
-    cell_names: np.ndarray
+    names_of: Callable[[np.ndarray], np.ndarray]
     pair_of_cell: np.ndarray
     identity: np.ndarray
     perturbation: np.ndarray
@@ -349,17 +385,37 @@ class _Found:
 
     @classmethod
     def read(cls, obs: pd.DataFrame, split: ConditionSplit) -> "_Found":
+        identity = None if split.identity_key is None else Labelled(*pd.factorize(labels_of(obs, split.identity_key)))
+        perturbation = Labelled(*pd.factorize(labels_of(obs, split.perturbation_key)))
+        return cls.of(identity, perturbation, obs.index.to_numpy(dtype=object).__getitem__, split)
+
+    @classmethod
+    def of(
+        cls,
+        identity: Labelled | None,
+        perturbation: Labelled,
+        names_of: Callable[[np.ndarray], np.ndarray],
+        split: ConditionSplit,
+    ) -> "_Found":
         separator, control = split.combination_separator, split.control
-        spelled, spellings = pd.factorize(labels_of(obs, split.perturbation_key))
-        codes, names = pd.factorize(np.array([canonical_name(s, separator, control) for s in spellings], dtype=object))
-        perturbation_codes = codes[spelled]
-        identity_codes, identities = np.zeros(len(obs), dtype=np.int64), np.array(["all cells"], dtype=object)
-        if split.identity_key is not None:
-            identity_codes, identities = pd.factorize(labels_of(obs, split.identity_key))
-        pair_of_cell, pairs = pd.factorize(identity_codes * max(len(names), 1) + perturbation_codes)
-        identity, perturbation = identities[pairs // max(len(names), 1)], names[pairs % max(len(names), 1)]
-        cell_names = obs.index.to_numpy(dtype=object)
-        return cls(cell_names, pair_of_cell, identity, perturbation, perturbation == control, separator, control)
+        identity = identity or Labelled(np.zeros(1, np.int8), ("all cells",))
+        spelt = np.array([canonical_name(str(one), separator, control) for one in perturbation.labels], dtype=object)
+        canonical, names = pd.factorize(spelt)
+        number = np.full((len(identity.labels), len(names)), -1, dtype=np.int32)
+        n_cells, identities, perturbations = len(perturbation.codes), [], []
+        pair_of_cell = np.empty(n_cells, dtype=np.int32)
+        for i in range(0, n_cells, _CELLS_AT_ONCE):
+            here = slice(i, i + _CELLS_AT_ONCE)
+            p = canonical[perturbation.codes[here]]
+            a = np.broadcast_to(identity.codes, (n_cells,))[here]
+            for one, other in np.unique(np.stack([a, p], axis=1), axis=0).tolist():
+                if number[one, other] < 0:
+                    number[one, other] = len(identities)
+                    identities.append(identity.labels[one])
+                    perturbations.append(names[other])
+            pair_of_cell[here] = number[a, p]
+        named, given = np.array(identities, dtype=object), np.array(perturbations, dtype=object)
+        return cls(names_of, pair_of_cell, named, given, given == control, separator, control)
 
     def rows(self, pair: int) -> np.ndarray:
         """Number the cells of a pair."""

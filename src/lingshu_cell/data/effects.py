@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from lingshu_cell.data.condition_sums import Tally
 from lingshu_cell.errors import LingshuError, offenders
 
 PSEUDOCOUNT_UMI = 2.0  # measured on held-out cell types of Kang et al.: 1 … 4 are alike, ½ and 8 are worse
@@ -99,14 +100,34 @@ def measure_effects(
     keys = sorted(set(zip(owners, labels, strict=True)))
     code = {key: number for number, key in enumerate(keys)}
     group = np.array([code[key] for key in zip(owners, labels, strict=True)], dtype=np.int64)
+    sums = GroupSums(len(keys), counts.shape[1])
+    for start in range(0, n_cells, _CELLS_AT_ONCE):
+        sums.add(counts[start : start + _CELLS_AT_ONCE], group[start : start + _CELLS_AT_ONCE])
+    return effects_of_sums(sums, keys, control, pseudocount_umi)
+
+
+def effects_of_sums(
+    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount_umi: float = PSEUDOCOUNT_UMI
+) -> Effects:
+    """Measure effects as :func:`measure_effects` does, from sums over cells.
+
+    Parameters
+    ----------
+    sums
+        Sums over the cells of each condition.
+    keys
+        Identity and perturbation of each condition, sorted.
+    control, pseudocount_umi
+        See :func:`measure_effects`.
+    """
     is_control = np.array([label == control for _, label in keys])
     if not is_control.any() or is_control.all():
         raise LingshuError(
             "Effects need control and perturbed cells",
             f"no cell is {control!r}" if not is_control.any() else f"every cell is {control!r}",
-            f"Labels: {offenders(sorted(set(labels)))}",
+            f"Labels: {offenders(sorted({label for _, label in keys}))}",
         )
-    sums = _group_sums(counts, group, len(keys))
+    sums = sums.normalised()
     n = np.maximum(sums.n_cells, 1)
     mean = sums.first / n[:, None]
     epsilon = pseudocount_umi * sums.target_sum / max(1.0, float(np.median(sums.umi[~is_control])))
@@ -120,7 +141,7 @@ def measure_effects(
     lonely = sorted({keys[place][0] for place in conditions} - set(reference))
     if lonely:
         warnings.warn(f"No effects can be measured without control cells: {offenders(lonely)}", stacklevel=2)
-    delta = np.zeros((len(conditions), counts.shape[1]), dtype=np.float16)
+    delta = np.zeros((len(conditions), mean.shape[1]), dtype=np.float16)
     noise = np.full(delta.shape, np.float16(1.0))
     weight = np.zeros(len(conditions), dtype=np.float32)
     for c, place in enumerate(conditions):
@@ -201,26 +222,43 @@ class _Sums:
     target_sum: float
 
 
-def _group_sums(counts: sparse.csr_matrix, group: np.ndarray, n_groups: int) -> _Sums:
-    """Cells without counts say nothing of relative expression and are left out."""
-    totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    used = np.flatnonzero(totals > 0)
-    if not len(used):
-        raise LingshuError("Effects need cells with counts", "all counts are 0", "Check the data")
-    target_sum = float(np.median(totals[used]))
-    first, second = np.zeros((n_groups, counts.shape[1])), np.zeros((n_groups, counts.shape[1]))
-    for start in range(0, len(used), _CELLS_AT_ONCE):
-        cells = used[start : start + _CELLS_AT_ONCE]
-        there, place = np.unique(group[cells], return_inverse=True)
-        values = sparse.csr_matrix(sparse.diags_array(target_sum / totals[cells]) @ counts[cells].astype(np.float64))
-        to_group = sparse.csr_matrix((np.ones(len(cells)), (place, np.arange(len(cells)))))
-        first[there] += (to_group @ values).toarray()
-        second[there] += (to_group @ values.power(2)).toarray()
-    return _Sums(
-        first,
-        second,
-        per_umi=np.bincount(group[used], target_sum / totals[used], n_groups),
-        umi=np.bincount(group[used], totals[used], n_groups),
-        n_cells=np.bincount(group[used], minlength=n_groups).astype(np.float64),
-        target_sum=target_sum,
-    )
+class GroupSums:
+    """Sums over the cells of groups, taken in piece by piece; cells without counts say nothing of relative expression
+    and are left out.
+
+    Parameters
+    ----------
+    n_groups, n_genes
+        Size of the sums.
+    """
+
+    def __init__(self, n_groups: int, n_genes: int) -> None:
+        self._first, self._second = np.zeros((n_groups, n_genes)), np.zeros((n_groups, n_genes))
+        self._per_umi, self._umi, self._n_cells = (np.zeros(n_groups) for _ in range(3))
+        self._totals = Tally()
+
+    def add(self, counts: sparse.csr_matrix, group: np.ndarray) -> None:
+        """Take in cells and the group of each."""
+        totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+        used = np.flatnonzero(totals > 0)
+        if not len(used):
+            return
+        totals, group, n_groups = totals[used], group[used], len(self._n_cells)
+        self._totals.add(totals)
+        there, place = np.unique(group, return_inverse=True)
+        shares = sparse.csr_matrix(sparse.diags_array(1 / totals) @ counts[used].astype(np.float64))
+        to_group = sparse.csr_matrix((np.ones(len(used)), (place, np.arange(len(used)))))
+        self._first[there] += (to_group @ shares).toarray()
+        self._second[there] += (to_group @ shares.power(2)).toarray()
+        self._per_umi += np.bincount(group, 1 / totals, n_groups)
+        self._umi += np.bincount(group, totals, n_groups)
+        self._n_cells += np.bincount(group, minlength=n_groups)
+
+    def normalised(self) -> _Sums:
+        """Give the sums as of cells normalised to the median total; this may be asked once."""
+        if not self._n_cells.any():
+            raise LingshuError("Effects need cells with counts", "all counts are 0", "Check the data")
+        target_sum = self._totals.median()
+        self._first *= target_sum
+        self._second *= target_sum**2
+        return _Sums(self._first, self._second, self._per_umi * target_sum, self._umi, self._n_cells, target_sum)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from lingshu_cell.data.positions import pieces, position_dtype, share_of
 from lingshu_cell.data.store import Store
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.errors import LingshuError, offenders
@@ -42,6 +43,8 @@ class Minibatch:
         Condition indices, int64, B × C; 0 = unknown.
     data_set
         Index of the data set, int64, B.
+    library
+        UMI of the genes delivered, int64, B; None where not asked for.
     """
 
     step: int
@@ -49,6 +52,7 @@ class Minibatch:
     tokens: sparse.csr_matrix
     conditions: np.ndarray
     data_set: np.ndarray
+    library: np.ndarray | None
 
     def dense(self, measured: np.ndarray) -> np.ndarray:
         """Give the tokens as an array, [MASK] where a data set did not measure a gene.
@@ -78,7 +82,7 @@ class Groups:
     names
         Labels of each group.
     members
-        Positions of its cells in the store, rising.
+        Positions of its cells in the store, rising, uint32 if they fit.
     weights
         Share of each group among the cells drawn; sum 1.
     """
@@ -120,18 +124,24 @@ def balanced_groups(
     LingshuError
         If a key is no label, a weight is given for a label that no cell has, or no group is left.
     """
-    places = np.arange(store.n_cells, dtype=np.int64) if cells is None else np.asarray(cells, dtype=np.int64)
-    code = np.zeros(len(places), dtype=np.int64)
-    for key in keys:
-        code = code * (len(store.categories(key)) + 1) + store.column(key)[places] + 1
-    groups, index = np.unique(code, return_inverse=True)
-    order = np.argsort(index.ravel(), kind="stable")
-    bounds = np.searchsorted(index.ravel()[order], np.arange(len(groups) + 1))
-    names, members, shares = [], [], []
-    for g, group in enumerate(groups):
-        names.append(_names_of(store, keys, int(group)))
-        members.append(np.sort(places[order[bounds[g] : bounds[g + 1]]]))
-        shares.append(float(len(members[-1])) ** power * _factor(names[-1], weights or {}))
+    places = range(store.n_cells) if cells is None else cells
+    n_in_group: dict[int, int] = {}
+    for piece in pieces(places):
+        for group, n in zip(*np.unique(_codes(store, keys, piece), return_counts=True), strict=True):
+            n_in_group[int(group)] = n_in_group.get(int(group), 0) + int(n)
+    groups = np.array(sorted(n_in_group), dtype=np.int64)
+    members = [np.empty(n_in_group[int(group)], dtype=position_dtype(store.n_cells)) for group in groups]
+    filled = np.zeros(len(groups), dtype=np.int64)
+    for piece in pieces(places):
+        group_of = np.searchsorted(groups, _codes(store, keys, piece))
+        order = np.argsort(group_of, kind="stable")
+        bounds = np.searchsorted(group_of[order], np.arange(len(groups) + 1))
+        for g in np.unique(group_of):
+            here = piece[order[bounds[g] : bounds[g + 1]]]
+            members[g][filled[g] : filled[g] + len(here)] = here
+            filled[g] += len(here)
+    names = [_names_of(store, keys, int(group)) for group in groups]
+    shares = [len(of) ** power * _factor(name, weights or {}) for of, name in zip(members, names, strict=True)]
     if strange := [label for label in weights or {} if not any(label in name for name in names)]:
         raise LingshuError(
             "Weights are given for labels that cells have",
@@ -157,7 +167,7 @@ class StoreLoader:
     store
         The store.
     minibatch_size
-        Cells of a step over all processes, a multiple of ``world_size``.
+        Cells of a step over all processes, at least ``world_size``; their shares differ by one cell at most.
     seed
         Seed of the order.
     rank, world_size
@@ -174,6 +184,8 @@ class StoreLoader:
         Cells read and shuffled together, and cells that lie together in the store.
     prefetch
         Read the next window in a thread while this one is used.
+    library
+        Also deliver the sum of each cell's counts.
 
     Raises
     ------
@@ -196,12 +208,13 @@ class StoreLoader:
         window_cells: int = WINDOW_CELLS,
         block_cells: int = BLOCK_CELLS,
         prefetch: bool = False,
+        library: bool = False,
     ) -> None:
-        if not 0 <= rank < world_size or minibatch_size < 1 or minibatch_size % world_size:
+        if not 0 <= rank < world_size <= minibatch_size:
             raise LingshuError(
-                "The minibatch must be shared out evenly among processes",
+                "Every process needs cells of the minibatch",
                 f"{minibatch_size} cells, process {rank} of {world_size}",
-                "Choose a multiple of the number of processes",
+                "Start fewer processes, or choose a larger minibatch",
             )
         if seed < 0 or min(window_cells, block_cells) < 1:
             raise LingshuError("Seed and sizes must not be negative", f"seed {seed}", "Choose e.g. 0")
@@ -211,16 +224,17 @@ class StoreLoader:
         if groups is None and not len(members):
             raise LingshuError("A loader needs cells", "there are none", "Choose some")
         self.store, self.minibatch_size, self.seed = store, minibatch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self._mine = share_of(minibatch_size, rank, world_size)
+        self._with_library = library
         self.step = 0
         self._keys = tuple(condition_keys)
         store.conditions(self._keys)  # refuses unknown ones
         self._window_cells, self._block_cells = window_cells, block_cells
         drawn = (members,) if groups is None else groups.members
         self._streams = tuple(_Stream(one, block_cells, seed, g) for g, one in enumerate(drawn))
-        self._quota = None if groups is None else _quotas(groups.weights, window_cells)
-        self._genes = None if genes is None else np.asarray(genes, dtype=np.int64)
-        self._column_of = self._columns(store.n_genes)
+        self._shares = None if groups is None else _Shares(groups.weights, window_cells, seed)
+        self._n_genes = store.n_genes if genes is None else len(genes)
+        self._column_of = columns_of(None if genes is None else np.asarray(genes, dtype=np.int64), store.n_genes)
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
         self._worker = ThreadPoolExecutor(1, "loader") if prefetch else None
         self._coming: dict[tuple[int, int], Future[_Window]] = {}
@@ -275,16 +289,16 @@ class StoreLoader:
         -------
         Minibatch
         """
-        share = self.minibatch_size // self.world_size
-        first = step * self.minibatch_size + self.rank * share
-        cells, tokens, at = [], [], first
-        while at < first + share:
+        at, end = (step * self.minibatch_size + place for place in (self._mine.start, self._mine.stop))
+        cells, tokens, library = [], [], []
+        while at < end:
             key, start, size = self._place(at)
             window = self._window(key, start, size)
-            stop = min(first + share, start + size)
+            stop = min(end, start + size)
             a, b = (int(n) for n in np.searchsorted(window.positions, (at, stop)))
             cells.append(window.cells[a:b])
             tokens.append(window.tokens[a:b])
+            library.append(None if window.library is None else window.library[a:b])
             at = stop
         found = np.concatenate(cells)
         return Minibatch(
@@ -293,6 +307,7 @@ class StoreLoader:
             tokens=tokens[0] if len(tokens) == 1 else sparse.vstack(tokens, format="csr"),
             conditions=self.store.condition_rows(self._keys, found),
             data_set=self.store.data_set[found].astype(np.int64),
+            library=np.concatenate(library) if self._with_library else None,
         )
 
     def close(self) -> None:
@@ -310,14 +325,14 @@ class StoreLoader:
             "window_cells": self._window_cells,
             "block_cells": self._block_cells,
             "cells": [_told(stream.members) for stream in self._streams],
-            "quota": None if self._quota is None else self._quota.tolist(),
+            "weights": None if self._shares is None else self._shares.weights.tolist(),
         }
 
     def _place(self, position: int) -> tuple[tuple[int, int], int, int]:
         """Give the window of a position in the sequence: its (epoch, number), first position and size."""
-        if self._quota is not None:
-            number = position // self._window_cells
-            return (0, number), number * self._window_cells, self._window_cells
+        if self._shares is not None:
+            number, start, size = self._shares.window_at(position)
+            return (0, number), start, size
         n = len(self._streams[0].members)
         epoch, offset = divmod(position, n)
         number = offset // self._window_cells
@@ -339,52 +354,85 @@ class StoreLoader:
     def _load(self, key: tuple[int, int], start: int, size: int) -> "_Window":
         """Read what this process needs of a window, in the order in which it is delivered."""
         epoch, number = key
-        if self._quota is None:
+        if self._shares is None:
             offset = number * self._window_cells + epoch * len(self._streams[0].members)
             cells = self._streams[0].take(offset, offset + size)
         else:
-            spans = [(stream, number * int(q), int(q)) for stream, q in zip(self._streams, self._quota, strict=True)]
-            cells = np.concatenate([stream.take(first, first + q) for stream, first, q in spans])
+            bounds = zip(self._streams, self._shares.before(number), self._shares.before(number + 1), strict=True)
+            cells = np.concatenate([stream.take(int(first), int(stop)) for stream, first, stop in bounds])
         cells = cells[_generator(self.seed, 1, epoch, number).permutation(size)]
         positions = np.arange(start, start + size)
-        if self.world_size > 1:
-            share = self.minibatch_size // self.world_size
-            mine = positions % self.minibatch_size // share == self.rank
+        if self._mine.stop - self._mine.start < self.minibatch_size:
+            place = positions % self.minibatch_size
+            mine = (place >= self._mine.start) & (place < self._mine.stop)
             positions, cells = positions[mine], cells[mine]
         order = np.argsort(cells, kind="stable")
-        tokens = self._tokens(self.store.counts(cells[order]))
+        tokens, library = tokenize(
+            self.store.counts(cells[order]), self._column_of, self._n_genes, with_library=self._with_library
+        )
         back = np.empty(len(order), dtype=np.int64)
         back[order] = np.arange(len(order))
-        return _Window(positions, cells, tokens[back])
+        return _Window(positions, cells, tokens[back], None if library is None else library[back])
 
-    def _tokens(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Tokenize counts and keep the genes asked for, in pieces that fit into the processor's cache."""
-        values, columns, indptr = np.empty(counts.nnz, dtype=np.int16), counts.indices, counts.indptr
-        off_list = [np.empty(0, dtype=np.int64)]
-        for i in range(0, counts.nnz, _PIECE):
-            piece = slice(i, i + _PIECE)
-            values[piece] = encode(counts.data[piece])
-            if self._column_of is not None:
-                columns[piece] = self._column_of[columns[piece]]
-                off_list.append(np.flatnonzero(columns[piece] < 0) + i)
-        if len(gone := np.concatenate(off_list)):
-            values, columns = np.delete(values, gone), np.delete(columns, gone)
-            indptr = indptr - np.searchsorted(gone, indptr).astype(indptr.dtype)
-        n_genes = counts.shape[1] if self._genes is None else len(self._genes)
-        return sparse.csr_matrix((values, columns, indptr), (counts.shape[0], n_genes), copy=False)
 
-    def _columns(self, n_genes: int) -> np.ndarray | None:
-        if self._genes is None:
-            return None
-        if len(self._genes) and (
-            (np.diff(self._genes) <= 0).any() or not 0 <= self._genes[0] <= self._genes[-1] < n_genes
-        ):
-            raise LingshuError(
-                "Genes are rising indices into the vocabulary", "these are not", "Pass what modelled_genes gives"
-            )
-        columns = np.full(n_genes, -1, dtype=np.int32)
-        columns[self._genes] = np.arange(len(self._genes))
-        return columns
+def columns_of(genes: np.ndarray | None, n_genes: int) -> np.ndarray | None:
+    """Give the column of each gene of a store among the genes chosen, -1 for the others; None where all are.
+
+    Raises
+    ------
+    LingshuError
+        If they are not rising indices into the vocabulary.
+    """
+    if genes is None:
+        return None
+    if len(genes) and ((np.diff(genes) <= 0).any() or not 0 <= genes[0] <= genes[-1] < n_genes):
+        raise LingshuError(
+            "Genes are rising indices into the vocabulary", "these are not", "Pass what modelled_genes gives"
+        )
+    columns = np.full(n_genes, -1, dtype=np.int32)
+    columns[genes] = np.arange(len(genes))
+    return columns
+
+
+def tokenize(
+    counts: sparse.csr_matrix, column_of: np.ndarray | None, n_genes: int, *, with_library: bool = False
+) -> tuple[sparse.csr_matrix, np.ndarray | None]:
+    """Tokenize counts and keep the genes asked for, in pieces that fit into the processor's cache.
+
+    Parameters
+    ----------
+    counts
+        Counts of a store, whose arrays are used up.
+    column_of
+        What :func:`columns_of` gave.
+    n_genes
+        How many genes are kept.
+    with_library
+        Whether to add up each cell's counts.
+
+    Returns
+    -------
+    tuple
+        Tokens, CSR int16, and UMI of the genes kept, int64, one per cell.
+    """
+    values, columns, indptr = np.empty(counts.nnz, dtype=np.int16), counts.indices, counts.indptr
+    off_list = [np.empty(0, dtype=np.int64)]
+    for i in range(0, counts.nnz, _PIECE):
+        piece = slice(i, i + _PIECE)
+        values[piece] = encode(counts.data[piece])
+        if column_of is not None:
+            columns[piece] = column_of[columns[piece]]
+            off_list.append(np.flatnonzero(columns[piece] < 0) + i)
+    gone = np.concatenate(off_list)
+    library = None
+    if with_library:
+        umi = np.append(0, np.cumsum(counts.data, dtype=np.int64))
+        off_umi = np.append(0, np.cumsum(counts.data[gone], dtype=np.int64))
+        library = np.diff(umi[indptr] - off_umi[np.searchsorted(gone, indptr)])
+    if len(gone):
+        values, columns = np.delete(values, gone), np.delete(columns, gone)
+        indptr = indptr - np.searchsorted(gone, indptr).astype(indptr.dtype)
+    return sparse.csr_matrix((values, columns, indptr), (counts.shape[0], n_genes), copy=False), library
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,6 +442,7 @@ class _Window:
     positions: np.ndarray
     cells: np.ndarray
     tokens: sparse.csr_matrix
+    library: np.ndarray | None
 
 
 class _Stream:
@@ -445,17 +494,36 @@ def _generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, *numbers])))
 
 
-def _quotas(weights: np.ndarray, total: int) -> np.ndarray:
-    """Share out the cells of a window by largest remainder, at least one for every group."""
-    if len(weights) > total:
-        raise LingshuError(
-            "A window must have room for every group", f"{len(weights)} groups, {total} cells", "Raise window_cells"
-        )
-    exact = weights * (total - len(weights))
-    quota = np.floor(exact).astype(np.int64)
-    missing = total - len(weights) - int(quota.sum())
-    quota[np.argsort(quota - exact, kind="stable")[:missing]] += 1
-    return quota + 1
+class _Shares:
+    """How many cells of each group are in each window: its weight of them, rounded so that over many windows nothing
+    is lost, and windows of about the size asked for.
+    """
+
+    def __init__(self, weights: np.ndarray, window_cells: int, seed: int) -> None:
+        self.weights = weights
+        self._window_cells = window_cells
+        self._phase = _generator(seed, 2).random(len(weights))  # else all rare groups would be in the same windows
+
+    def before(self, window: int) -> np.ndarray:
+        """Say how many cells of each group are in the windows before one, int64."""
+        return np.floor(self.weights * (window * self._window_cells) + self._phase).astype(np.int64)
+
+    def window_at(self, position: int) -> tuple[int, int, int]:
+        """Give the window of a position in the sequence, its first position and its size."""
+        number = position // self._window_cells
+        while (start := int(self.before(number).sum())) > position:
+            number -= 1
+        while (stop := int(self.before(number + 1).sum())) <= position:
+            number, start = number + 1, stop
+        return number, start, stop - start
+
+
+def _codes(store: Store, keys: Sequence[str], cells: np.ndarray) -> np.ndarray:
+    """Number the combinations of labels, int64."""
+    code = np.zeros(len(cells), dtype=np.int64)
+    for key in keys:
+        code = code * (len(store.categories(key)) + 1) + store.column(key)[cells] + 1
+    return code
 
 
 def _names_of(store: Store, keys: Sequence[str], code: int) -> tuple[str, ...]:
@@ -478,4 +546,7 @@ def _told(members: np.ndarray | range) -> Any:
     """Say in short which cells these are."""
     if isinstance(members, range):
         return [members.start, members.stop, members.step]
-    return hashlib.sha256(np.ascontiguousarray(members, dtype="<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in pieces(members):
+        digest.update(piece.astype("<i8").tobytes())
+    return digest.hexdigest()

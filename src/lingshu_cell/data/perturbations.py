@@ -118,34 +118,6 @@ class PerturbationVocabulary:
         return cls(tuple(value["names"]), value["separator"])
 
 
-def standardise_doses(doses: np.ndarray, is_control: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Give log doses with mean 0 and standard deviation 1 over the perturbed cells, 0 for control cells.
-
-    Parameters
-    ----------
-    doses
-        Dose of each cell in one unit, above 0 in perturbed cells.
-    is_control
-        Which cells are control cells; their dose is not read.
-
-    Returns
-    -------
-    tuple
-        Standardised doses, float32, and the mean and standard deviation of the log doses.
-
-    Raises
-    ------
-    LingshuError
-        If a perturbed cell has no dose, or one that is not above 0.
-    """
-    log_dose = check_log_doses(doses[~is_control])
-    mean, sd = float(log_dose.mean()), float(log_dose.std())
-    sd = sd if sd > 1e-6 else 1.0  # one dose for all
-    standardised = np.zeros(len(doses), dtype=np.float32)
-    standardised[~is_control] = (log_dose - mean) / sd
-    return standardised, mean, sd
-
-
 def check_log_doses(doses: np.ndarray) -> np.ndarray:
     """Give the logarithm of doses, refusing what is not a finite number above 0."""
     values = pd.to_numeric(pd.Series(np.asarray(doses)), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)

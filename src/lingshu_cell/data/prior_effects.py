@@ -319,14 +319,46 @@ def prior_effects(
         As :func:`~lingshu_cell.data.effects.measure_effects`, or if ``folds`` is below 2, or no perturbation has an
         embedding.
     """
-    if len(gene_names) not in (0, counts.shape[1]):
-        finding = f"{len(gene_names)} names for {counts.shape[1]} genes"
-        raise LingshuError("Each gene needs a name", finding, "Pass all var_names, or none")
-    if folds < 2:
-        raise LingshuError("Out-of-fold predictions need 2 folds or more", f"got {folds}", "Use 5")
     # A+B is B+A, and A+control is A.
     spelt = {label: canonical_name(label, separator, control) for label in {str(one) for one in perturbations}}
     measured = measure_effects(counts, [spelt[str(label)] for label in perturbations], identities, control)
+    return prior_of_effects(
+        measured,
+        control=control,
+        gene_names=gene_names,
+        embeddings=embeddings,
+        other_names=other_names,
+        separator=separator,
+        folds=folds,
+        seed=seed,
+    )
+
+
+def prior_of_effects(
+    measured: Effects,
+    *,
+    control: str,
+    gene_names: Sequence[str] = (),
+    embeddings: GeneEmbeddings | None = None,
+    other_names: Mapping[str, Sequence[str]] | None = None,
+    separator: str = "+",
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> PriorEffects:
+    """Learn from measured effects how to predict others, as :func:`prior_effects` does.
+
+    Parameters
+    ----------
+    measured
+        Effects in training cells; perturbations in their canonical spelling.
+    control, gene_names, embeddings, other_names, separator, folds, seed
+        See :func:`prior_effects`.
+    """
+    if len(gene_names) not in (0, measured.delta.shape[1]):
+        finding = f"{len(gene_names)} names for {measured.delta.shape[1]} genes"
+        raise LingshuError("Each gene needs a name", finding, "Pass all var_names, or none")
+    if folds < 2:
+        raise LingshuError("Out-of-fold predictions need 2 folds or more", f"got {folds}", "Use 5")
     prior = PriorEffects(measured, control, separator, _tuned_sharpness(measured), tuple(map(str, gene_names)))
     if embeddings is not None:
         prior = replace(prior, ridge=_fit_ridge(prior, embeddings, other_names, folds, seed))

@@ -85,6 +85,17 @@ class Shards:
             at = stop
         return sparse.csr_matrix((values, columns, indptr), shape=(len(cells), self._n_genes), copy=False)
 
+    def names(self, shard: int) -> np.ndarray:
+        """Read the names of all cells of a shard, object array."""
+        file = shard_file(shard)
+        self._verify(file)
+        try:
+            with h5py.File(self._store / file, "r") as opened:
+                obs = opened["obs"]
+                return obs[obs.attrs["_index"]].asstr()[:]
+        except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise damaged(self._store, f"{file}: {error}") from None
+
     def close(self) -> None:
         """Close all files; they are opened again when needed."""
         while self._open:

@@ -19,13 +19,14 @@ from scipy import sparse
 
 from lingshu_cell.checksums import sha256
 from lingshu_cell.data.shards import Shards
-from lingshu_cell.data.store_files import damaged, read_manifest
+from lingshu_cell.data.store_files import MANIFEST, WORK, damaged, read_manifest
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.input_files import expanded
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
+_LABELS_AT_ONCE = 1 << 20
 DATA_SET = "data_set"
 SPECIES = "species"
 
@@ -113,6 +114,13 @@ class Store:
         if field["kind"] != "category":
             raise LingshuError("Conditions must be labels", f"{name!r} holds numbers", "Choose another obs column")
         return tuple(field["categories"])
+
+    def is_labelled(self, name: str) -> bool:
+        """Say whether there is a label of that name, which every cell has."""
+        if name not in self._fields or self._fields[name]["kind"] != "category":
+            return False
+        column = self.column(name)
+        return not any((column[i : i + _LABELS_AT_ONCE] < 0).any() for i in range(0, self.n_cells, _LABELS_AT_ONCE))
 
     def obs(
         self, cells: Sequence[int] | np.ndarray | None = None, columns: Sequence[str] | None = None
@@ -256,30 +264,47 @@ class Store:
             counts -= np.bincount(of_cells.indices, minlength=self.n_genes)
         return counts
 
-    def token_counts(self, without: Sequence[int] | range = ()) -> np.ndarray:
+    def token_counts(
+        self, without: Sequence[int] | np.ndarray | range = (), of: Sequence[int] | np.ndarray | range | None = None
+    ) -> np.ndarray:
         """Say how many cells show each token, zeros only where the gene was measured.
 
         Parameters
         ----------
         without
             Cells left out, e.g. those for validation; only these are read.
+        of
+            Count these cells in place of all, and read all of them.
 
         Returns
         -------
         np.ndarray
             int64, G × 281; tokens of genes that a data set lacks are counted nowhere.
         """
-        entries = self._array("arrays/token_counts.npy", (None, 3), np.dtype(np.int64))
         counts = np.zeros((self.n_genes, N_EXPRESSION_TOKENS), dtype=np.int64)
-        counts[entries[:, 0], entries[:, 1]] = entries[:, 2]
-        for _, of_cells in self.iterate(without):
-            tokens = encode(of_cells.data.astype(np.int32))
-            np.subtract.at(counts, (of_cells.indices, tokens), 1)
-        per_set = np.bincount(self.data_set, minlength=len(self.data_sets))
-        if len(without):
-            per_set -= np.bincount(self.data_set[np.asarray(without)], minlength=len(self.data_sets))
-        counts[:, 0] = per_set @ self.measured - counts.sum(axis=1)
+        if of is None:
+            entries = self._array("arrays/token_counts.npy", (None, 3), np.dtype(np.int64))
+            counts[entries[:, 0], entries[:, 1]] = entries[:, 2]
+        per_set = np.zeros(len(self.data_sets), dtype=np.int64)
+        for i in range(0, self.n_cells if of is None else 0, _LABELS_AT_ONCE):
+            per_set += np.bincount(self.data_set[i : i + _LABELS_AT_ONCE], minlength=len(per_set))
+        flat, sign = counts.reshape(-1), -1 if of is None else 1
+        for cells, of_cells in self.iterate(without if of is None else of):
+            tokens = encode(of_cells.data)
+            np.add.at(flat, of_cells.indices * np.int64(N_EXPRESSION_TOKENS) + tokens, sign)
+            per_set += sign * np.bincount(self.data_set[cells], minlength=len(per_set))
+        counts[:, 0] = per_set @ self.measured - counts[:, 1:].sum(axis=1)
         return counts
+
+    def cell_names(self, cells: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Read the names of cells, object array, in the order asked for."""
+        wanted = np.asarray(cells, dtype=np.int64)
+        names = np.empty(len(wanted), dtype=object)
+        shard_of = wanted // int(self.manifest["cells_per_shard"])
+        for shard in np.unique(shard_of):
+            here = shard_of == shard
+            names[here] = self._shards.names(int(shard))[wanted[here] % int(self.manifest["cells_per_shard"])]
+        return names
 
     def modelled_genes(self, min_cells: int = 3, without: Sequence[int] | range = ()) -> np.ndarray:
         """Give the genes detected in at least ``min_cells`` cells, int64, rising."""
@@ -386,3 +411,14 @@ def open_store(path: Path | str, verify: bool = False) -> Store:
     if verify:
         store.verify()
     return store
+
+
+def is_store(source: object) -> bool:
+    """Say whether something is, or was meant to be, the folder of a store."""
+    if not isinstance(source, (str, Path)):
+        return False
+    path = expanded(source)
+    try:
+        return path.is_dir() and any((path / name).exists() for name in (MANIFEST, WORK, "shards"))
+    except (OSError, ValueError):
+        return False

@@ -3,7 +3,8 @@
 Shapes: N cells of all data sets, G modelled genes, C condition fields.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from lingshu_cell.data.anndata_io import CountMatrix
+from lingshu_cell.data.positions import pieces, share_of
 from lingshu_cell.data.split_files import read_split
 from lingshu_cell.data.splits import split_cells
 from lingshu_cell.data.tokenizer import encode, token_midpoints
@@ -46,7 +48,115 @@ class RareGenes:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingSet:
+class CellRows:
+    """Some cells as a network takes them in.
+
+    Attributes
+    ----------
+    tokens_BG
+        Expression tokens of the modelled genes, int16; ``MASK_TOKEN`` where a gene was not measured.
+    condition_BC
+        Index of each cell's condition in each field, int64, 0 = unknown.
+    dose_B
+        Doses as read; ``None`` where they are not.
+    library_B
+        Modelled UMI, int64; ``None`` where nobody needs them.
+    """
+
+    tokens_BG: np.ndarray
+    condition_BC: np.ndarray
+    dose_B: np.ndarray | None
+    library_B: np.ndarray | None
+
+
+class TrainingCells(ABC):
+    """What training reads, wherever the cells lie; cells are named by their positions.
+
+    Attributes
+    ----------
+    vocabulary
+        All genes, in order.
+    modelled
+        Indices into the vocabulary of the G genes the network models, int64, rising.
+    measured
+        Boolean, data sets × G: which modelled genes each data set measured.
+    conditions
+        Condition fields and their categories.
+    train, validation
+        Positions of the cells, rising, disjoint.
+    seen
+        Those of training and of all control cells of the training part, whether trained on or not.
+    rare
+        The genes that are not modelled.
+    fingerprints
+        Checksums of the data; of a store, its own and those of the files it was made of.
+    notes
+        What a user should read about the data: coverage, genes left out.
+    """
+
+    vocabulary: GeneVocabulary
+    modelled: np.ndarray
+    measured: np.ndarray
+    conditions: ConditionVocabulary
+    train: np.ndarray | range
+    validation: np.ndarray | range
+    seen: np.ndarray | range
+    rare: RareGenes
+    fingerprints: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @abstractmethod
+    def rows(self, cells: np.ndarray) -> CellRows:
+        """Give some cells, with library sizes."""
+
+    @abstractmethod
+    def condition_rows(self, cells: np.ndarray) -> np.ndarray:
+        """Give the condition indices of some cells, int64, shape [len(cells), C]."""
+
+    @abstractmethod
+    def doses(self, cells: np.ndarray) -> np.ndarray | None:
+        """Give the doses of some cells as read; ``None`` where doses are not read."""
+
+    @abstractmethod
+    def counts_of(self, cells: np.ndarray) -> tuple[sparse.csr_matrix, np.ndarray]:
+        """Give counts of the modelled genes in some cells, bin middles above 99, CSR float32, and their exact sums."""
+
+    @abstractmethod
+    def token_counts(self) -> np.ndarray:
+        """How many training cells show each token, int64, shape [G, 281]; zeros only where the gene was measured."""
+
+    @abstractmethod
+    def draws(
+        self, minibatch_size: int, seed: int, balance: float, rank: int = 0, world_size: int = 1
+    ) -> Callable[[int], CellRows]:
+        """Give what draws one process's cells of optimiser step 0, 1, …: a function of the step alone, so that a
+        resumed run goes on where the stopped one would have, and any number of processes draw the same cells.
+
+        Parameters
+        ----------
+        minibatch_size
+            Cells of a step over all processes.
+        seed
+            Seed of the order.
+        balance
+            A condition row of n cells is drawn n^(1 - balance) times as often as one of a single cell.
+        rank, world_size
+            Which of how many processes this is.
+        """
+
+    def condition_frequencies(self, cells: np.ndarray | range | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct condition rows of the training cells, or of others, R × C, and how often each occurs."""
+        found: dict[tuple[int, ...], int] = {}
+        for piece in pieces(self.train if cells is None else cells):
+            for row, n in zip(*np.unique(self.condition_rows(piece), axis=0, return_counts=True), strict=True):
+                found[tuple(row.tolist())] = found.get(tuple(row.tolist()), 0) + int(n)
+        rows = sorted(found)
+        table = np.array(rows, dtype=np.int64).reshape(len(rows), len(self.conditions.fields))
+        return table, np.array([found[row] for row in rows], dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet(TrainingCells):
     """Everything training reads, in memory and sparse.
 
     Attributes
@@ -104,12 +214,34 @@ class TrainingSet:
             dense[~self.measured[self.data_set[cells]]] = MASK_TOKEN
         return dense
 
-    def counts(self) -> sparse.csr_matrix:
-        """Counts of the modelled genes, bin middles above 99, CSR float32, N × G."""
-        tokens = self.tokens
-        return sparse.csr_matrix(
-            (token_midpoints()[tokens.data].astype(np.float32), tokens.indices, tokens.indptr), shape=tokens.shape
-        )
+    @property
+    def seen(self) -> np.ndarray:
+        """Positions of training cells and of all control cells of the training part."""
+        return np.union1d(self.train, np.flatnonzero(self.context_cells))
+
+    def rows(self, cells: np.ndarray) -> CellRows:
+        """Give some cells, with library sizes."""
+        return CellRows(self.dense_tokens(cells), self.condition_NC[cells], self.doses(cells), self.library[cells])
+
+    def condition_rows(self, cells: np.ndarray) -> np.ndarray:
+        """Give the condition indices of some cells."""
+        return self.condition_NC[cells]
+
+    def doses(self, cells: np.ndarray) -> np.ndarray | None:
+        """Give the doses of some cells as read."""
+        return None if self.dose is None else self.dose[cells]
+
+    def counts_of(self, cells: np.ndarray) -> tuple[sparse.csr_matrix, np.ndarray]:
+        """Give counts of the modelled genes in some cells, and their exact sums."""
+        return counts_of_tokens(self.tokens[cells]), self.library[cells]
+
+    def draws(
+        self, minibatch_size: int, seed: int, balance: float, rank: int = 0, world_size: int = 1
+    ) -> Callable[[int], CellRows]:
+        """Draw by epochs of fresh permutations, or independently where conditions are balanced."""
+        mine = share_of(minibatch_size, rank, world_size)
+        probabilities = balanced_probabilities(self.condition_NC[self.train], balance) if balance else None
+        return lambda step: self.rows(minibatch_cells(self.train, minibatch_size, step, seed, probabilities)[mine])
 
     def token_counts(self) -> np.ndarray:
         """How many training cells show each token, int64, shape [G, 281]; zeros only where the gene was measured."""
@@ -120,9 +252,11 @@ class TrainingSet:
         counts[:, 0] = n_measured - counts.sum(1)
         return counts
 
-    def condition_frequencies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct condition rows of the training cells, R × C, and how often each occurs."""
-        return np.unique(self.condition_NC[self.train], axis=0, return_counts=True)
+
+def counts_of_tokens(tokens: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Turn tokens into counts, bin middles above 99, CSR float32."""
+    values = token_midpoints()[tokens.data].astype(np.float32)
+    return sparse.csr_matrix((values, tokens.indices, tokens.indptr), shape=tokens.shape)
 
 
 def assemble(
@@ -186,22 +320,13 @@ def assemble(
         train = _cap_controls(train, is_control, control_share, split_seed, notes)
     detected_in = np.bincount(counts[train].indices, minlength=len(vocabulary))
     is_modelled = detected_in >= max(min_cells_per_gene, 0)
-    if is_modelled.sum() < 2:  # the law of masks is one of how much some genes say of others
-        raise LingshuError(
-            "Two genes or more must be detected often enough to model",
-            f"{is_modelled.sum() or 'none'} of {len(vocabulary)} is detected in {min_cells_per_gene} of {len(train)} "
-            "training cells",
-            "Use more cells or lower data.min_cells_per_gene",
-        )
+    check_modelled(is_modelled, min_cells_per_gene, len(train))
     modelled = np.flatnonzero(is_modelled)
     rare_counts = counts[train][:, np.flatnonzero(~is_modelled)].tocoo()
     rare = RareGenes(np.flatnonzero(~is_modelled)[rare_counts.col], rare_counts.data.astype(np.int32), len(train))
     if (~is_modelled).any():
         share = rare.count.sum() / max(counts[train].sum(), 1)
-        notes.append(
-            f"{len(modelled):,} of {len(vocabulary):,} genes are modelled; {(~is_modelled).sum():,} detected in "
-            f"fewer than {min_cells_per_gene} training cells ({share:.2%} of all UMI) are drawn from their frequency"
-        )
+        notes.append(say_modelled(is_modelled, min_cells_per_gene, share))
     tokens = counts[:, modelled]
     tokens = sparse.csr_matrix((encode(tokens.data), tokens.indices, tokens.indptr), shape=tokens.shape)
     return TrainingSet(
@@ -223,6 +348,53 @@ def assemble(
     )
 
 
+def check_modelled(is_modelled: np.ndarray, min_cells_per_gene: int, n_training_cells: int) -> None:
+    """Refuse gene lists of which next to nothing can be modelled."""
+    if is_modelled.sum() < 2:  # the law of masks is one of how much some genes say of others
+        raise LingshuError(
+            "Two genes or more must be detected often enough to model",
+            f"{is_modelled.sum() or 'none'} of {len(is_modelled)} is detected in {min_cells_per_gene} of "
+            f"{n_training_cells} training cells",
+            "Use more cells or lower data.min_cells_per_gene",
+        )
+
+
+def say_modelled(is_modelled: np.ndarray, min_cells_per_gene: int, share: float) -> str:
+    """Say how many genes are modelled, and which share of all UMI the others have."""
+    return (
+        f"{is_modelled.sum():,} of {len(is_modelled):,} genes are modelled; {(~is_modelled).sum():,} detected in "
+        f"fewer than {min_cells_per_gene} training cells ({share:.2%} of all UMI) are drawn from their frequency"
+    )
+
+
+def say_parts(split: Path | str, n_cells: Mapping[str, int]) -> str:
+    """Say how many cells a split puts into each part."""
+    return f"{Path(split).name}: " + ", ".join(f"{n:,} {part}" for part, n in sorted(n_cells.items())) + " cells"
+
+
+def most_controls(n_controls: int, n_perturbed: int, share: float) -> int:
+    """Say how many control cells may be trained on so that they are at most ``share`` of all.
+
+    Raises
+    ------
+    LingshuError
+        If none is left.
+    """
+    most = n_controls if share >= 1 else int(share / (1 - share) * n_perturbed)
+    if n_controls and most == 0:
+        raise LingshuError(
+            "Some control cells must be trained on",
+            f"{share:g} of {n_perturbed} perturbed cells leaves none",
+            "Raise data.control_share",
+        )
+    return min(most, n_controls)
+
+
+def say_controls(n_kept: int, n_controls: int, share: float) -> str:
+    """Say how many control cells are trained on."""
+    return f"{n_kept:,} of {n_controls:,} control cells are trained on (data.control_share {share:g})"
+
+
 def _without_test_cells(
     data_sets: Sequence[CountMatrix], split: Path | str | None
 ) -> tuple[list[CountMatrix], np.ndarray, list[str]]:
@@ -231,7 +403,7 @@ def _without_test_cells(
     if split is None:
         return list(data_sets), np.full(sum(sizes), "train"), []
     part = read_split(split).assign(pd.concat([data.obs for data in data_sets]))
-    notes = [f"{Path(split).name}: " + ", ".join(f"{(part == p).sum():,} {p}" for p in np.unique(part)) + " cells"]
+    notes = [say_parts(split, dict(zip(*np.unique(part, return_counts=True), strict=True)))]
     kept = []
     for data, of_set in zip(data_sets, np.split(part, np.cumsum(sizes)[:-1]), strict=True):
         cells = np.flatnonzero(of_set != "test")
@@ -251,17 +423,11 @@ def _parts(part: np.ndarray, validation_fraction: float, seed: int) -> tuple[np.
 def _cap_controls(train: np.ndarray, is_control: np.ndarray, share: float, seed: int, notes: list[str]) -> np.ndarray:
     """Leave out control cells at random until they are at most ``share`` of the training cells."""
     controls, perturbed = train[is_control[train]], train[~is_control[train]]
-    most = len(controls) if share >= 1 else int(share / (1 - share) * len(perturbed))
+    most = most_controls(len(controls), len(perturbed), share)
     if most >= len(controls):
         return train
-    if most == 0:
-        raise LingshuError(
-            "Some control cells must be trained on",
-            f"{share:g} of {len(perturbed)} perturbed cells leaves none",
-            "Raise data.control_share",
-        )
     kept = np.random.default_rng([seed, 1]).choice(controls, most, replace=False)
-    notes.append(f"{most:,} of {len(controls):,} control cells are trained on (data.control_share {share:g})")
+    notes.append(say_controls(most, len(controls), share))
     return np.sort(np.concatenate([perturbed, kept]))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lingshu_cell.data.positions import share_of
 from lingshu_cell.errors import LingshuError, LostProcessError
 from lingshu_cell.launch import LAUNCHED, LOST_REMEDY
 
@@ -50,7 +51,7 @@ class World:
 
     def share(self, n: int) -> slice:
         """Which of ``n`` rows are this process's; the shares of all are disjoint, cover all and differ by one row."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        return share_of(n, self.rank, self.size)
 
     def largest_share(self, n: int) -> int:
         """Rows of the process that has most."""

@@ -14,7 +14,7 @@ import torch
 from lingshu_cell.checkpoint import load_checkpoint, reading, save_checkpoint
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.config import Config
-from lingshu_cell.data.training_set import TrainingSet
+from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.ema import PowerEma
 from lingshu_cell.engine.optimiser import optimiser_tensors, restore_optimiser
 from lingshu_cell.engine.processes import World
@@ -31,7 +31,7 @@ def save(
     held: HeldNetwork,
     averages: Sequence[PowerEma],
     optimiser: torch.optim.Optimizer,
-    data: tuple[TrainingSet, Conditioner],
+    data: tuple[TrainingCells, Conditioner],
     manifest: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint: all processes bring their parts to the first, which writes."""
@@ -86,11 +86,14 @@ def restore(
             buffer.copy_(saved[name])
         for average in averages:
             held.take(checkpoint.tensors(f"ema_{average.sigma_rel:.2f}"), average.weights)
+        best = checkpoint.manifest.get("best")
+        if best is not None:
+            best = {"step": int(best["step"]), "condition_explained": float(best["condition_explained"])}
         restore_optimiser(optimiser, held.parts, checkpoint.tensors("optimizer"), held.cut)
-    return checkpoint.manifest | {"step": checkpoint.step}
+    return checkpoint.manifest | {"step": checkpoint.step, "best": best}
 
 
-def describe(config: Config, cells: TrainingSet, conditioner: Conditioner, n_parameters: int) -> dict[str, Any]:
+def describe(config: Config, cells: TrainingCells, conditioner: Conditioner, n_parameters: int) -> dict[str, Any]:
     """Give the part of a manifest that stays the same over a run."""
     return {
         "config": config.model_dump(mode="json"),
