@@ -32,6 +32,7 @@ from lingshu_cell.input_files import expanded, read_json, refuse_special
 from lingshu_cell.output_files import checked, discard, flush, flush_all, writable, write_checked_json
 
 FORMAT_VERSION = 1
+CHECKPOINTS_KEPT = 2
 BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
@@ -93,7 +94,11 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any], keep: int = 2
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    manifest: Mapping[str, Any],
+    keep: int = CHECKPOINTS_KEPT,
 ) -> Path:
     """Write a checkpoint beside, rename it when it is whole, and drop all but the newest ``keep`` and the best.
 
