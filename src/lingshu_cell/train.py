@@ -291,8 +291,7 @@ class _Trainer:
         draws = StepDraws.of(self.step, n, g, self.law, settings.seed, self.device)
         mine = self.world.share(n)
         x_0_BG, conditions = self._on_device(self.draw(self.step), draws.context_uniforms(mine))
-        progress = max(self.step / settings.steps, self._share_of_time())
-        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings, progress), draws)
+        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings), draws)
 
     def _validate(self, gradient_norm: float, seconds: float) -> None:
         """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
