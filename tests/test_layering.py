@@ -33,12 +33,12 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "data.store_builder data.stored_cells engine.run_state evaluate_responses expected_effects response_section",
     "prepare request response_report validation_conditions",
     "generate report train",
-    "aligned_cells calibrate console demo generate_shards",
+    "aligned_cells calibrate calibration console demo generate_shards",
     "commands.baseline commands.calibrate commands.config commands.de commands.demo commands.embeddings "
-    "commands.export commands.generate commands.genes commands.prepare commands.report commands.split "
-    "commands.train model schedule",
+    "commands.export commands.genes commands.prepare commands.report commands.split planner schedule",
+    "commands.generate commands.schedule commands.train model",
     "",  # the package itself, lingshu_cell/__init__.py
-    "commands.evaluate commands.info commands.schedule",
+    "commands.evaluate commands.info",
     "cli",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()} | {"": ROWS.index("")}

@@ -31,6 +31,7 @@ from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import expanded, read_json, refuse_special
 
 FORMAT_VERSION = 1
+CHECKPOINTS_KEPT = 2
 BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
@@ -91,7 +92,11 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any], keep: int = 2
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    manifest: Mapping[str, Any],
+    keep: int = CHECKPOINTS_KEPT,
 ) -> Path:
     """Write a checkpoint beside, rename it when it is whole, and drop all but the newest ``keep`` and the best.
 

@@ -137,8 +137,9 @@ class TrainingConfig(_Section):
     max_seconds: float | None = Field(
         None, gt=0, description="Training ends after so many seconds if not earlier; the learning rate follows."
     )
-    minibatch_size: int = Field(
-        128, ge=1, le=_MOST_CELLS_AT_ONCE, description="Cells per optimiser step, over all processes."
+    minibatch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=_MOST_CELLS_AT_ONCE)] = Field(
+        128,
+        description="Cells per optimiser step, over all processes; auto: the preset's, halved till it fits.",
     )
     microbatch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Cells that each process computes at once; auto: all, and half when memory runs out."

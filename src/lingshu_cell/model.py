@@ -21,6 +21,7 @@ from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.generate import TrainedModel, generate, generate_file, load_model, steering_of
 from lingshu_cell.input_files import expanded
+from lingshu_cell.planner import find_minibatch_size
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import AUTOMATIC, run_config
 from lingshu_cell.train import Progress, pick_device, train
@@ -117,6 +118,7 @@ class LingshuCell:
             resume=resume,
             on_note=on_note,
         )
+        config = find_minibatch_size(sources, out, config, on_note)
         result = train(sources, out, config, resume=resume, on_progress=on_progress, on_note=on_note)
         if result.interrupted:
             warnings.warn(

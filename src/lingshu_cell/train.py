@@ -120,6 +120,12 @@ def train(
         For unusable data or settings, an output that exists, or a loss that is no longer finite.
     """
     run = expanded(out)
+    if config.training.minibatch_size == "auto":
+        raise LingshuError(
+            "The minibatch size must be a number here",
+            "training.minibatch_size = auto",
+            "One process finds it: lingshu train --dry-run prints it; then give it to all",
+        )
     device = pick_device(config.training.device)
     with processes(device) as world:
         world.agreed(lambda: _check_output(run, resume), only_first=True)
@@ -130,7 +136,7 @@ def train(
                 with contextlib.suppress(OSError):
                     run.rmdir()  # only if it is empty: refused data leave nothing behind
             raise
-        config = _with_steps(config, len(cells.train))
+        config = with_steps(config, len(cells.train))
         world.agreed(lambda: _check_sizes(config, world))
         if world.is_first:
             for note in cells.notes:
@@ -336,8 +342,7 @@ class _Trainer:
 
     def _measure_curve(self) -> None:
         """Measure the information curve on held-out cells, for the schedules of generation; each process all of it."""
-        affordable = self.step * self.settings.minibatch_size // _CELL_VISITS_PER_CURVE_CELL
-        n_cells = min(max(affordable, _LEAST_CURVE_CELLS), _VALIDATION_CELLS)
+        n_cells = curve_cells(self.step, self.settings.minibatch_size)
         if not len(self.cells.validation):
             return
         generator = torch.Generator(self.device).manual_seed(1)
@@ -425,7 +430,13 @@ def _label_keys(data: DataConfig) -> list[str]:
     return [*data.condition_keys, *([data.perturbation_key] if data.perturbation_key else [])]
 
 
-def _with_steps(config: Config, n_training_cells: int) -> Config:
+def curve_cells(steps: int, minibatch_size: int) -> int:
+    """Cells that the information curve is measured on after a training."""
+    affordable = steps * minibatch_size // _CELL_VISITS_PER_CURVE_CELL
+    return min(max(affordable, _LEAST_CURVE_CELLS), _VALIDATION_CELLS)
+
+
+def with_steps(config: Config, n_training_cells: int) -> Config:
     """Turn ``training.steps = "auto"`` into a number: cells get better up to about 40 passes (docs/log.md)."""
     if config.training.steps != "auto":
         return config

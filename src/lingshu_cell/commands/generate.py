@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingshu_cell.commands.options import Device, Json, MaxKl, RunFolder, Steps, of_generation, read_steps
+from lingshu_cell.commands.options import Device, DryRun, Json, MaxKl, RunFolder, Steps, of_generation, read_steps
 from lingshu_cell.config import GenerationConfig
 from lingshu_cell.console import cells_bar, choices_of, clock, give, give_json, say
 from lingshu_cell.errors import LingshuError
@@ -108,6 +108,7 @@ def generate(
         int | None,
         typer.Option(min=1, help="Processes on this machine that fill the folder, each with one thread on a CPU."),
     ] = None,
+    dry_run: DryRun = False,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace GEN.h5ad if it exists.")] = False,
     json: Json = False,
@@ -122,7 +123,7 @@ def generate(
     if n is None and requests is None:
         raise LingshuError("A number of cells must be asked for", "neither --n nor --requests is given", "Add --n")
     started = time.monotonic()
-    if to_folder and (processes or 1) > 1 and not is_launched():
+    if to_folder and (processes or 1) > 1 and not is_launched() and not dry_run:
         code, ended = launch_apart(sys.argv[1:], processes or 1)
         for line in ended:
             say(line)
@@ -153,9 +154,12 @@ def generate(
         "minibatch_size": minibatch_size,
     }
     asked = {"condition": wanted, "dose": dose, "depth": depth}
-    if to_folder:
-        chosen_seed = model.config.generation.seed if seed is None else seed
+    chosen_seed = model.config.generation.seed if seed is None else seed
+    if to_folder or dry_run:
         rows = _rows(requests, model, n, chosen_seed, asked)
+        size = (shard_cells or model.config.generation.shard_cells) if to_folder else None
+        if dry_run:
+            return _foretell(run, rows, out, device, processes or 1, size, common, json)
         return _fill(model, rows, out, shard_cells, common, started, json)
     plan = plan_cells(model, n, seed=seed, **asked, **common)
     for note in plan.notes:
@@ -228,6 +232,28 @@ def _fill(
         generate_folder(model, rows, out, shard_cells=shard_cells, on_progress=show, on_note=note, **common)
     if is_first() and LAUNCHED not in os.environ:
         _report(out, started, json)
+    return 0
+
+
+def _foretell(
+    run: Path,
+    rows: "list[WantedRow]",
+    out: Path,
+    device: str,
+    processes: int,
+    shard_cells: int | None,
+    common: dict[str, Any],
+    json: bool,
+) -> int:
+    """Say what generation will take, and refuse what this machine has not; the first row stands for all."""
+    from lingshu_cell.planner import check, describe, plan_generation
+
+    first, n_cells = rows[0], sum(row.n_cells for row in rows)
+    asked = common | {"condition": first.condition, "dose": first.dose, "depth": first.depth, "seed": first.seed}
+    sizes = {"device": device, "n_processes": processes, "shard_cells": shard_cells}
+    forecast = plan_generation(run, out, n_cells, **sizes, **asked)
+    give_json(vars(forecast)) if json else give("\n".join(describe(forecast, out)))
+    check(forecast, out)
     return 0
 
 

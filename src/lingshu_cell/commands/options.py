@@ -20,6 +20,9 @@ Settings = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated. See lingshu config."),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what memory, disk and time it will take, after a short measurement.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that lingshu train wrote.")]
 
 

@@ -4,14 +4,17 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED, ConfigFile, Json, Preset, Settings
+from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED, ConfigFile, DryRun, Json, Preset, Settings
 from lingshu_cell.console import clock, give, give_json, say, training_bar
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.launch import is_first, is_launched, launch
+
+if TYPE_CHECKING:
+    from lingshu_cell.config import Config
 
 EXAMPLES = (
     "lingshu train cells.h5ad --out run",
@@ -21,6 +24,7 @@ EXAMPLES = (
     "lingshu train store --out run --condition-key data_set --condition-key cell_type",
     "lingshu train cells.h5ad --out run --resume",
     "lingshu train cells.h5ad --out run --processes 4",
+    "lingshu train cells.h5ad --out run --preset paper --dry-run",
 )
 
 
@@ -56,13 +60,14 @@ def train(
     processes: Annotated[
         int, typer.Option(min=1, help="Processes on this machine that share each step; see docs/distributed.md.")
     ] = 1,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> int:
     """Learn a model from raw counts.
 
     Nothing is normalised and no genes are selected. Ctrl-C saves what was learned; --resume goes on exactly there.
     """
-    if processes > 1 and not is_launched():
+    if processes > 1 and not is_launched() and not dry_run:
         return launch(sys.argv[1:], processes)
     from lingshu_cell.run_config import AUTOMATIC, run_config
     from lingshu_cell.train import train as train_run
@@ -82,6 +87,12 @@ def train(
         resume=resume,
         on_note=say if is_first() else lambda note: None,
     )
+    if dry_run:
+        return _foretell(data, out, chosen, processes, json)
+    if not is_launched():
+        from lingshu_cell.planner import find_minibatch_size
+
+        chosen = find_minibatch_size(data, out, chosen, say)
     started = time.monotonic()
     with training_bar() if is_first() else contextlib.nullcontext(lambda progress: None) as show:
         result = train_run(data, out, chosen, resume=resume, on_progress=show, on_note=say)
@@ -108,6 +119,19 @@ def train(
         stopped = "; go on with --resume" if result.interrupted else ""
         give(f"{result.run}: step {result.step} of {steps}{bound}, {clock(seconds)}{stopped}")
     return EXIT_CODE_INTERRUPTED if result.interrupted else 0
+
+
+def _foretell(data: list[str], out: Path, chosen: "Config", processes: int, json: bool) -> int:
+    """Say what training will take, and refuse what this machine has not."""
+    from lingshu_cell.planner import check, describe, plan_training
+
+    forecast, settled = plan_training(data, out, chosen, processes)
+    if json:
+        give_json(vars(forecast) | {"config": settled.model_dump(mode="json")})
+    else:
+        give("\n".join(describe(forecast, out)))
+    check(forecast, out)
+    return 0
 
 
 def _perturbations(key: str | None, control: str | None, split: Path | None) -> dict[str, dict[str, str]]:
