@@ -16,8 +16,8 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "metrics.responses metrics.two_sample network network.conditions network.layers network.rates tokens",
     "arguments data.condition_labels data.containers data.counts data.effects data.labels data.quality "
     "data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping history "
-    "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.distribution "
-    "network.perturbation output_files pages response_judgement",
+    "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.average_cell "
+    "network.distribution network.perturbation output_files pages response_judgement",
     "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
     "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store network.compression "

@@ -52,7 +52,7 @@ def settings(split: Path | None, **training) -> Config:
     data = {"condition_keys": ["cell_type"], "perturbation_key": "perturbation", "control": "control",
             "split": None if split is None else str(split), "validation_fraction": 0.2}  # fmt: skip
     base = {"steps": 12, "minibatch_size": 32, "warmup_steps": 2, "peak_learning_rate": 1e-2, "validate_every": 4,
-            "checkpoint_every": 4, "rest_share": 0.0, "device": "cpu"}  # fmt: skip
+            "checkpoint_every": 4, "device": "cpu"}  # fmt: skip
     return load_config(overrides={"data": data, "network": TINY_SET, "training": base | training})
 
 

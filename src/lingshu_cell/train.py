@@ -278,8 +278,7 @@ class _Trainer:
             error.process = self.world.rank  # the others only find this one gone
             raise
         x_0_BG, conditions = self._on_device(rows, draws.context_uniforms(mine))
-        progress = max(self.step / settings.steps, self._share_of_time())
-        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings, progress), draws)
+        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings), draws)
 
     def _validate(self, gradient_norm: float, seconds: float) -> None:
         """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
