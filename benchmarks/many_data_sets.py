@@ -75,7 +75,8 @@ def make_cells(names: list[str], n_cells: int) -> None:
         for i, name in enumerate(store.data_sets):
             chosen = np.flatnonzero(store.data_set[:] == i)
             counts = store.counts(chosen)[:, store.measured[i]].astype(np.int32)
-            var = pd.DataFrame(index=[genes[g] for g in np.flatnonzero(store.measured[i])])
+            places, ids = np.flatnonzero(store.measured[i]), store.vocabulary.ensembl_ids
+            var = pd.DataFrame({"gene_ids": [ids[g] for g in places]}, index=[genes[g] for g in places])
             obs = pd.DataFrame({"data_set": [name] * len(chosen)}, index=store.cell_names(chosen).astype(str))
             ad.AnnData(counts, obs=obs, var=var).write_h5ad(WORK / f"{part}-{name}.h5ad")
 
