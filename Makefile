@@ -1,6 +1,6 @@
 # make demo | make test do all the set-up; make help lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint clean install browser
+.PHONY: help demo test bench faults gpu lint clean install browser
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,7 @@ help:
 	@echo "make demo   train, generate, evaluate and report on bundled blood cells, in demo-run/"
 	@echo "make test   the quick tests"
 	@echo "make bench  slow tests, and all that is in benchmarks/results anew: about two hours on two idle cores"
+	@echo "make faults kills, full disks, damaged files, two at once, against every command that writes"
 	@echo "make gpu    tests and measurements that need a CUDA device (GPU_PYTHON=python3 to use a Python that has all packages)"
 	@echo "make lint   style"
 	@echo "make clean  remove the virtual environment and caches"
@@ -76,6 +77,11 @@ bench: $(STAMP)
 	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm papalexi; do \
 	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \
 	else echo "kang_ifnb is not here: left out"; fi
+	OMP_NUM_THREADS=1 $(BENCH)/faults
+
+# One thread: the same sums in the same order before and after a kill, in forks of one process.
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu

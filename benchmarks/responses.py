@@ -67,7 +67,7 @@ SCREENS = {
         "control",
         "cell_type",
         "pairs",
-        {"training.steps": 400, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 200, "training.balance": 0.5, "data.depth": True},
     ),
     "gbm": Screen(
         "gbm_panobinostat_300g",

@@ -198,7 +198,7 @@ def test_a_crash_while_writing_leaves_the_old_one_whole(saved, monkeypatch):
         (folder / "weights.safetensors").write_bytes(b"half")
         raise Crash
 
-    monkeypatch.setattr("lingshu_cell.checkpoint._to_disk", crash)
+    monkeypatch.setattr("lingshu_cell.checkpoint.flush_all", crash)
     with pytest.raises(Crash):
         save_checkpoint(saved.parent, 24, some_tensors(1), MANIFEST)
     assert_holds(saved.parent, some_tensors(), 12)

@@ -297,7 +297,7 @@ def test_a_mistake_from_a_shell_leaves_code_2_and_one_line(workplace):
     [
         (
             OSError(28, "No space left on device"),
-            1,
+            2,
             "error: Files must be readable and the disk must have space: [Errno 28]",
         ),
         (MemoryError(), 1, "error: Memory must suffice: it ran out."),

@@ -116,6 +116,12 @@ def test_as_control_changes_the_perturbation_alone(built):
     assert (conditioner.conditions(control_NC).effect.row_B == 0).all()
 
 
+def with_overall(counts: np.ndarray, overall_JG: np.ndarray) -> np.ndarray:
+    """Average of cells and of 4 that are the average over all identities."""
+    sums = np.stack([(counts > 0).sum(0), np.log1p(counts).sum(0)])
+    return (sums + 4 * overall_JG) / (len(counts) + 4)
+
+
 def test_contexts_are_of_training_controls_of_the_same_identity_alone(screen, split):
     """Held-out cells and cells for validation do not enter; nor does any perturbed cell."""
     cells, conditioner, _ = both(screen, split=split, validation_fraction=0.3)
@@ -132,8 +138,7 @@ def test_contexts_are_of_training_controls_of_the_same_identity_alone(screen, sp
         here = np.flatnonzero(labels["line"] == line)
         profile = told.context.table_KJG[told.context.row_B[here[0]]]
         assert (told.context.row_B[here] == told.context.row_B[here[0]]).all(), "the same whatever was done to a cell"
-        np.testing.assert_allclose(profile[0], (chosen > 0).mean(0), rtol=1e-5)
-        np.testing.assert_allclose(profile[1], np.log1p(chosen).mean(0), rtol=1e-5)
+        np.testing.assert_allclose(profile, with_overall(chosen, told.context.table_KJG[0].numpy()), rtol=1e-5)
 
 
 def test_counts_of_cells_not_trained_on_change_nothing_of_the_conditioner(screen, split, embeddings):
@@ -195,9 +200,10 @@ def test_random_contexts_are_of_parts_of_the_controls_and_come_from_the_generato
         assert ((rows[2][mine] >= first) & (rows[2][mine] < first + n)).all()
         assert len(np.unique(rows[2][mine])) == n == 17
         whole, parts = table.profile_KJG[first], table.profile_KJG[first + 1 : first + n]
-        np.testing.assert_array_equal(whole, average_profile(counts[mine]))
+        np.testing.assert_array_equal(whole, average_profile(counts[mine], table.profile_KJG[0]))
         assert (np.abs(parts - whole).mean((1, 2)) > 0).sum() > 5
         assert np.abs(parts.mean(0) - whole).max() < 0.1
+    np.testing.assert_array_equal(table.profile_KJG[0], average_profile(counts))
     again = contexts_of(counts, identity_NC, piece=300)
     np.testing.assert_array_equal(again.profile_KJG, table.profile_KJG)
 
@@ -218,6 +224,8 @@ def test_average_profile_is_the_share_that_detects_and_the_mean_log_count(built)
     assert profile.dtype == np.float32
     np.testing.assert_allclose(profile[0], (dense > 0).mean(0), rtol=1e-6)
     np.testing.assert_allclose(profile[1], np.log1p(dense).mean(0), rtol=1e-5)
+    overall = average_profile(built[0].counts_of(slice(None))[0])
+    np.testing.assert_allclose(average_profile(counts, overall), with_overall(dense, overall), rtol=1e-5)
 
 
 def test_every_perturbed_condition_has_its_own_effect_and_controls_have_none(built):
@@ -229,26 +237,30 @@ def test_every_perturbed_condition_has_its_own_effect_and_controls_have_none(bui
     assert len(np.unique(place[perturbed])) == perturbed.sum()
     assert (place[~perturbed] == 0).all()
     assert (conditioner.effects.effect_KG[0] == 0).all()
+    measured, found = conditioner.prior.measured_effects()
+    assert found.all()
+    names = [(name, "Q+P" if "+" in drug else drug) for name, drug in conditioner.prior.conditions]
     for row, k in zip(rows[perturbed], place[perturbed], strict=True):
-        foretold = conditioner.predict_effect(row)
-        np.testing.assert_array_equal(conditioner.effects.effect_KG[k], foretold.delta)
+        labels = [names[row[i] - 1] for i, names in enumerate(conditioner.vocabulary.fields.values())]
+        np.testing.assert_array_equal(conditioner.effects.effect_KG[k], measured[names.index(tuple(labels))])
 
 
-def test_an_effect_is_never_foretold_from_the_cells_of_its_own_condition(screen):
-    """Its other counts change what is measured there, and not what is foretold there."""
+def test_an_effect_is_told_from_its_own_cells_and_foretold_without_them(screen):
+    """Its other counts change what training is told of it, and not what would be foretold of it."""
     other, mine = screen.copy(), (screen.obs["line"] == "L1") & (screen.obs["drug"] == "P")
     dense = other.X.toarray()
     dense[mine] = np.random.default_rng(1).permuted(dense[mine], axis=1)
     other.X = dense
-    deltas, others = [], []
+    told, foretold = [], []
     for data in (screen, other):
         cells, conditioner, _ = both(data, validation_fraction=0.0, min_cells_per_gene=0)
         rows = cells.conditions.encode({"line": ["L1", "L2"], "drug": ["P", "P"]}, 2)
-        deltas.append(conditioner.effects.effect_KG[conditioner.effects.rows(rows)])
-        others.append(conditioner.prior.sharpness)
-    assert others[0] == others[1]
-    np.testing.assert_array_equal(deltas[0][0], deltas[1][0])
-    assert np.abs(deltas[0][1] - deltas[1][1]).max() > 0.01
+        told.append(conditioner.effects.effect_KG[conditioner.effects.rows(rows)])
+        foretold.append([conditioner.predict_effect(row).delta for row in rows])
+    np.testing.assert_array_equal(foretold[0][0], foretold[1][0])
+    assert np.abs(foretold[0][1] - foretold[1][1]).max() > 0.01
+    assert np.abs(told[0][0] - told[1][0]).max() > 0.01
+    np.testing.assert_array_equal(told[0][1], told[1][1])
 
 
 def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
@@ -335,7 +347,7 @@ def test_only_profiles_that_occur_are_handed_over(built):
     cells, conditioner = built
     told = conditioner.conditions(cells.condition_NC[:1])
     assert len(told.context.table_KJG) == 2
-    assert (told.context.table_KJG[0] == 0).all()
+    np.testing.assert_array_equal(told.context.table_KJG[0], conditioner.contexts.profile_KJG[0])
 
 
 @pytest.mark.parametrize("setting", ["dose_key", "embeddings", "depth"])

@@ -41,6 +41,7 @@ from lingshu_cell.diffusion.schedule import GRIDS
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import generate, load_model, resolve_schedule
 from lingshu_cell.network.distribution import Positions
+from lingshu_cell.output_files import read_checked_json, write_checked_json
 from lingshu_cell.schedule import schedule_run
 from lingshu_cell.tokens import MASK_TOKEN
 from lingshu_cell.train import train
@@ -372,12 +373,14 @@ def test_a_stored_curve_belongs_to_one_checkpoint(trained_run, tmp_path):
     other = StoredCurve(curve_of(np.linspace(1, 0.5, checkpoint.manifest["n_modelled_genes"])), "made up")
     file = save_curve(checkpoint, other)
     assert load_model(run).curve == other.curve
-    stored = json.loads(file.read_text())
-    file.write_text(json.dumps({**stored, "checkpoint_checksum": "0" * 64}))
+    stored = read_checked_json(file)
+    write_checked_json(file, {**stored, "checkpoint_checksum": "0" * 64})
     assert load_model(run).curve == load_model(trained_run).curve
-    file.write_text("{")
-    with pytest.raises(LingshuError, match=r"A stored schedule must be whole: .*schedule\.json.* Delete this file"):
-        load_model(run)
+    text = json.dumps({**stored, "checksum": "0" * 64})
+    for damaged in ("{", text):
+        file.write_text(damaged)
+        with pytest.raises(LingshuError, match=r"A stored schedule must be whole: .*schedule\.json.* Delete this file"):
+            load_model(run)
 
 
 GENERATE = ["generate", "RUN", "--n", 3, "--out", "x.h5ad"]

@@ -53,12 +53,12 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     def perturbed(name: str, size: int, **training: object) -> Job:
         """Parameters for doses are never used here, those of the perturbations only later."""
         told = {"condition_keys": ["line"], "perturbation_key": "drug", "control": "none", "depth": True}
-        return Job(folder / name, size, {"data": told, "training": {**STEPS, "rest_share": 0.5, **training}})
+        return Job(folder / name, size, {"data": told, "training": {**STEPS, **training}})
 
     screen().write_h5ad(folder / "cells.h5ad")
     prepare([folder / "cells.h5ad"], folder / "store", cells_per_shard=50)
     told = {"condition_keys": ["line"], "perturbation_key": "drug", "control": "none"}
-    stored = {"data": told, "training": {**STEPS, "balance": 0.5, "rest_share": 0.0}}
+    stored = {"data": told, "training": {**STEPS, "balance": 0.5}}
     jobs = [
         Job(folder / "stored-one", 1, stored, store=folder / "store"),
         Job(folder / "stored-moved", 3, stored, store=folder / "store", terminate=(2, 2)),

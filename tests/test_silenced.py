@@ -152,3 +152,12 @@ def test_without_tables_or_perturbations_there_is_no_such_prior(trained_run, mod
         plan_cells(load_model(trained_run), 3, steering=steering)
     assert caught.value.rule == "Silenced genes are those of a perturbation"
     assert (model.checkpoint.folder.parent / SILENCED_FILE).is_file()
+
+
+def test_tables_of_training_that_were_changed_are_not_used(model, tmp_path):
+    run = model.checkpoint.folder.parent
+    expected = model.checkpoint.manifest["silenced_sha256"]
+    assert read_silenced(run, expected=expected).source == "the training cells"
+    (tmp_path / SILENCED_FILE).write_bytes((run / SILENCED_FILE).read_bytes()[:-20])
+    with pytest.raises(LingshuError, match=r"tables of a run must be whole: .*silenced\.csv does not match"):
+        read_silenced(tmp_path, expected=expected)

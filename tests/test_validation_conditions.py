@@ -52,7 +52,7 @@ def settings(split: Path | None, **training) -> Config:
     data = {"condition_keys": ["cell_type"], "perturbation_key": "perturbation", "control": "control",
             "split": None if split is None else str(split), "validation_fraction": 0.2}  # fmt: skip
     base = {"steps": 12, "minibatch_size": 32, "warmup_steps": 2, "peak_learning_rate": 1e-2, "validate_every": 4,
-            "checkpoint_every": 4, "rest_share": 0.0, "device": "cpu"}  # fmt: skip
+            "checkpoint_every": 4, "device": "cpu"}  # fmt: skip
     return load_config(overrides={"data": data, "network": TINY_SET, "training": base | training})
 
 
@@ -203,6 +203,47 @@ def test_a_resumed_run_measures_what_an_undisturbed_one_does(run, kang, split, t
     assert rows_of(copy / FILE) == rows_of(run / FILE)
     for one, other in zip(rows_of(copy / "history.csv"), rows_of(run / "history.csv"), strict=True):
         assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+
+
+def test_a_run_that_ended_before_its_best_step_was_marked_marks_it(run, kang, split, tmp_path):
+    """Between the checkpoint of the best step and its mark a run may be killed; deeper cuts fall back to an older."""
+    copy, best = shutil.copytree(run, tmp_path / "run"), read_best(run)
+    for step in (4, 8, 12):
+        if step > best["step"]:
+            shutil.rmtree(copy / f"checkpoint-{step:08d}", ignore_errors=True)
+    (copy / BEST_FILE).unlink()
+    train_quietly(kang, copy, settings(split), resume=True)
+    assert read_best(copy) == best
+    mark_best(copy, 4, {"condition_explained": -1.0})
+    train_quietly(kang, copy, settings(split), resume=True)
+    assert read_best(copy) == best
+
+
+def test_a_run_that_begins_anew_keeps_no_rows_of_an_older_one(run, kang, split, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in (FILE, "history.csv"):  # left by a run that was killed before its first checkpoint
+        shutil.copy(run / name, copy / name)
+    train_quietly(kang, copy, settings(split))
+    assert rows_of(copy / FILE) == rows_of(run / FILE)
+
+
+def test_a_broken_row_is_told_and_left_out(run, kang, split, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    with open(copy / FILE, "a", encoding="utf-8") as stream:
+        stream.write("12,B cells / IFN")  # a full disk ended the row
+    with pytest.warns(UserWarning, match=r"conditions\.csv: 1 broken rows were left out"):
+        train_quietly(kang, copy, settings(split), resume=True)
+    assert rows_of(copy / FILE) == rows_of(run / FILE)
+
+
+def test_a_flipped_bit_of_best_json_is_seen(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    step = read_best(run)["step"]
+    text = (copy / BEST_FILE).read_text(encoding="utf-8")
+    (copy / BEST_FILE).write_text(text.replace(f'"step": {step}', '"step": 5'), encoding="utf-8")
+    with pytest.raises(LingshuError, match=r"best\.json must say which step is best: .* does not match its checksum"):
+        load_best(copy)
 
 
 def test_without_validation_conditions_nothing_is_measured(kang, tmp_path):

@@ -29,6 +29,7 @@ from torch import Tensor
 from lingshu_cell.checksums import checksum, sha256
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import expanded, read_json, refuse_special
+from lingshu_cell.output_files import checked, discard, flush, flush_all, writable, write_checked_json
 
 FORMAT_VERSION = 1
 CHECKPOINTS_KEPT = 2
@@ -36,6 +37,7 @@ BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z0-9_.]+\.safetensors")
 _MOST_MANIFEST_BYTES = 1 << 28
+_UNFINISHED = ".checkpoint-"
 _WHOLE = "A checkpoint must be whole"
 _REMEDY = "Delete this folder to use the checkpoint before it, or copy it again from where it came"
 
@@ -124,9 +126,9 @@ def save_checkpoint(
         If the disk is full or the folder cannot be written; the checkpoints before stay whole.
     """
     final = run / _name(step)
-    draft = run / f".{final.name}.tmp"
+    draft = run / f"{_UNFINISHED}{step:08d}.tmp"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        sweep(run)
         draft.mkdir()
         for name, values in tensors.items():
             save_file(
@@ -136,10 +138,11 @@ def save_checkpoint(
         content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         content["checksum"] = checksum(content)
         (draft / "manifest.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        _to_disk(draft)
+        flush_all(draft)
         if final.exists():
-            shutil.rmtree(final)
+            discard(final)
         os.replace(draft, final)
+        flush(run)  # before older ones go: a power cut must not take both
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise LingshuError(
@@ -148,18 +151,30 @@ def save_checkpoint(
     best = read_best(run)
     for old in _folders(run)[:-keep]:
         if best is None or old.name != _name(best["step"]):
-            shutil.rmtree(old, ignore_errors=True)
+            discard(old)
     return final
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed process left of checkpoints that it was writing or removing."""
+    for rest in run.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Say whether a name in a run folder is that of such a rest."""
+    return name.startswith(_UNFINISHED)
+
+
+def holds_step(run: Path, step: int) -> bool:
+    """Say whether a run folder holds the checkpoint of a step."""
+    return (run / _name(step)).is_dir()
 
 
 def mark_best(run: Path, step: int, facts: Mapping[str, Any]) -> None:
     """Say in ``RUN/best.json`` that the checkpoint of a step, which exists, is the one to generate from."""
-    draft = run / f"{BEST_FILE}.tmp"
-    try:
-        draft.write_text(json.dumps({"step": step, **facts}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, run / BEST_FILE)
-    except OSError as error:
-        raise LingshuError("The run folder must be writable", f"{run}: {error}", "Free some space") from None
+    with writable("The run folder must be writable", run / BEST_FILE, "Free some space, then go on with --resume"):
+        write_checked_json(run / BEST_FILE, {"step": step, **facts})
 
 
 def read_best(run: Path) -> dict[str, Any] | None:
@@ -170,22 +185,22 @@ def read_best(run: Path) -> dict[str, Any] | None:
     LingshuError
         If it cannot be read.
     """
-    if not (run / BEST_FILE).is_file():
+    file, rule = run / BEST_FILE, "best.json must say which step is best"
+    if not file.is_file():
         return None
+    best = read_json(file, rule, "Delete this file")
     try:
-        best = json.loads((run / BEST_FILE).read_text(encoding="utf-8"))
+        best = checked(best)
         if not isinstance(best["step"], int) or not isinstance(best["condition_explained"], float):
             raise ValueError("no step or score")
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise LingshuError(
-            "best.json must say which step is best", f"{run / BEST_FILE}: {error}", "Delete this file"
-        ) from None
+    except (ValueError, KeyError) as error:
+        raise LingshuError(rule, f"{file}: {error}", "Delete this file") from None
     return best
 
 
 def load_best(path: Path | str) -> Checkpoint:
     """Open the best checkpoint of a run, the newest where none is marked as such, or the checkpoint folder itself."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     best = None if _NAME.fullmatch(path.name) else read_best(path)
     chosen = path if best is None else path / _name(best["step"])
     return load_checkpoint(chosen if chosen.is_dir() else path)
@@ -205,7 +220,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         raise LingshuError(
             "A run folder must hold a checkpoint",
             f"none found in {path}",
-            "Pass the folder that lingshu train --out wrote",
+            "Pass the folder that lingshu train --out wrote; a run that ended before its first checkpoint starts anew "
+            "without --resume",
         )
     folder = folders[-1]
     manifest = read_json(folder / "manifest.json", _WHOLE, _REMEDY, _MOST_MANIFEST_BYTES)
@@ -228,15 +244,6 @@ def _name(step: int) -> str:
 
 def _folders(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _NAME.fullmatch(p.name)) if run.is_dir() else []
-
-
-def _to_disk(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _damaged(folder: Path, finding: str) -> LingshuError:

@@ -1,11 +1,14 @@
 """The command ``lingshu``: one module of :mod:`lingshu_cell.commands` for each command.
 
-Exit codes: 0 done; 2 a mistake in data, settings or arguments; 130 stopped by Ctrl-C; 1 anything else.
+Exit codes: 0 done; 2 a mistake in data, settings or arguments, or files that cannot be read or written; 130 stopped by
+Ctrl-C; 143 stopped by SIGTERM; 1 anything else.
 Results go to stdout, everything else to stderr.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -43,6 +46,7 @@ from lingshu_cell.launch import is_first
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
 
+EXIT_CODE_TERMINATED = 128 + signal.SIGTERM
 _UsageProblem = typer.BadParameter.__mro__[2]  # ClickException: typer has its own copy of click, or not, by version
 _WRONG_PATHS = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
@@ -53,6 +57,10 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 class _Stopped(Exception):
     """Ctrl-C outside of training, which handles it itself."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside of training: unfinished files are removed on the way out, as after Ctrl-C."""
 
 
 class _Group(TyperGroup):
@@ -113,18 +121,39 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; what goes wrong is one line on stderr."""
     send_messages_to_stderr()
+    handler: Any = None
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(None if arguments is None else list(arguments), prog_name="lingshu", standalone_mode=False)
-    except Exception as error:
+        sys.stdout.flush()
+    except (Exception, _Terminated) as error:
         line, code = _one_line(error)
         if line is None:
             raise
         if line:
             say(line)
+        _forget_unwritten_output()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _one_line(error: Exception) -> tuple[str | None, int]:
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise _Terminated
+
+
+def _forget_unwritten_output() -> None:
+    """Where stdout cannot be written, do not let Python try again at the end, which would print a traceback."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: BaseException) -> tuple[str | None, int]:
     """What to say of an error and the exit code; None for a fault of this program, which deserves its traceback."""
     if isinstance(error, LingshuError):
         says_it = error.process == int(os.environ.get("RANK", "0"))  # what all processes find wrong, the first says
@@ -133,12 +162,13 @@ def _one_line(error: Exception) -> tuple[str | None, int]:
         return f"error: {one_line(error.format_message())}. See lingshu --help.", EXIT_CODE_USER_ERROR
     if isinstance(error, (_Stopped, typer.Abort)):
         return "stopped by Ctrl-C" if is_first() else "", EXIT_CODE_INTERRUPTED
+    if isinstance(error, _Terminated):
+        return "stopped by SIGTERM" if is_first() else "", EXIT_CODE_TERMINATED
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
         remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"
         return f"error: Memory must suffice: {text[:200] or 'it ran out'}. {remedy}.", EXIT_CODE_TROUBLE
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone; so may we
         return "stopped: nobody reads the output", EXIT_CODE_TROUBLE
     if isinstance(error, OSError) and error.errno in _WRONG_PATHS:
         finding = f"{error.filename}: {error.strerror}" if error.filename else text
@@ -147,7 +177,7 @@ def _one_line(error: Exception) -> tuple[str | None, int]:
         )
         return f"error: {wrong}", EXIT_CODE_USER_ERROR
     if isinstance(error, OSError):
-        return f"error: Files must be readable and the disk must have space: {text}.", EXIT_CODE_TROUBLE
+        return f"error: Files must be readable and the disk must have space: {text}.", EXIT_CODE_USER_ERROR
     return None, EXIT_CODE_TROUBLE
 
 

@@ -31,6 +31,7 @@ _MOST_CONTEXT_DRAWS = 16
 _MOST_PROFILES = 512  # of all identities together: memory is this times twice the genes
 _CONTEXT_CELLS = (32, 256)  # control cells behind one context; fewer are noisy, more teach nothing about noise
 LEAST_CONTEXT_CELLS = 8
+_CELLS_OF_OVERALL = 4
 _N_QUANTILES = 65
 _CELLS_AT_ONCE = 4096
 
@@ -42,7 +43,8 @@ class ContextTable:
     Attributes
     ----------
     profile_KJG
-        Share of cells that detect a gene, and mean log(1 + count), float32; row 0 is empty and stands for *none*.
+        Share of cells that detect a gene, and mean log(1 + count), float32; row 0, the average over all identities,
+        stands for *none*.
     identity_IC
         The identities: indices in each condition field, 0 in the perturbation field.
     first_I, n_I
@@ -436,7 +438,7 @@ class _EffectSums:
 
 
 def _with_prior_effects(conditioner: Conditioner, cells: TrainingCells, sums: _EffectSums, seed: int) -> Conditioner:
-    """Measure effects in the training cells, and foretell each of them from the others."""
+    """Keep the effects measured in training cells: what training tells of them, and what others are foretold from."""
     prior = prior_of_effects(
         effects_of_sums(sums.sums, sums.keys, conditioner.perturbations.control),
         control=conditioner.perturbations.control,
@@ -445,7 +447,7 @@ def _with_prior_effects(conditioner: Conditioner, cells: TrainingCells, sums: _E
         separator=conditioner.perturbations.separator,
         seed=seed,
     )
-    effect_KG, found, _ = prior.out_of_fold()
+    effect_KG, found = prior.measured_effects()
     if not found.any():
         return conditioner
     place = {condition: k for k, condition in enumerate(prior.conditions) if found[k]}
@@ -507,23 +509,33 @@ def _context_sums(
 
 
 def build_contexts(sums: ContextSums) -> ContextTable:
-    """Average control cells of each identity; those of fewer than 8 control cells get no profile."""
+    """Average control cells of each identity; those of fewer than 8 control cells get no profile.
+
+    The average over all identities counts like 4 more cells in each, so that no gene is certain to be silent.
+    """
     n_each, n_known = 1 + sums.n_parts, len(sums.known_IC)
-    profile_KJG = (sums.sum_KJG / np.maximum(sums.n_K, 1)[:, None, None]).astype(np.float32)
-    none_1JG = np.zeros((1, *sums.overall_JG.shape), np.float32)
+    overall_JG = (sums.overall_JG / max(sums.n_cells, 1)).astype(np.float32)
+    n_K = (sums.n_K + _CELLS_OF_OVERALL)[:, None, None]
+    profile_KJG = ((sums.sum_KJG + _CELLS_OF_OVERALL * overall_JG) / n_K).astype(np.float32)
     return ContextTable(
-        np.concatenate([none_1JG, profile_KJG]),
+        np.concatenate([overall_JG[None], profile_KJG]),
         sums.known_IC,
         1 + n_each * np.arange(n_known, dtype=np.int64),
         np.full(n_known, n_each, dtype=np.int64),
     )
 
 
-def average_profile(counts: sparse.csr_matrix) -> np.ndarray:
-    """Average cells: share that detects each gene and mean log(1 + count), float32, 2 × G."""
+def average_profile(counts: sparse.csr_matrix, overall_JG: np.ndarray | None = None) -> np.ndarray:
+    """Average cells: share that detects each gene and mean log(1 + count), float32, 2 × G.
+
+    ``overall_JG``, the average over all identities, counts like 4 more cells, so that no gene is certain to be silent.
+    """
     detected = np.bincount(counts.indices, minlength=counts.shape[1])
     log_sum = np.bincount(counts.indices, weights=np.log1p(counts.data), minlength=counts.shape[1])
-    return (np.stack([detected, log_sum]) / max(counts.shape[0], 1)).astype(np.float32)
+    sums, n_cells = np.stack([detected, log_sum]), counts.shape[0]
+    if overall_JG is not None:
+        sums, n_cells = sums + _CELLS_OF_OVERALL * overall_JG, n_cells + _CELLS_OF_OVERALL
+    return (sums / max(n_cells, 1)).astype(np.float32)
 
 
 def build_depths(condition_RC: np.ndarray, libraries: LibrarySample) -> DepthTable:

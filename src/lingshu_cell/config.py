@@ -177,9 +177,6 @@ class TrainingConfig(_Section):
     identity_dropout: float = Field(
         0.2, ge=0, le=1, description="Share of cells trained on their context in place of their identity labels."
     )
-    rest_share: float = Field(
-        0.3, ge=0, le=1, description="Share of training before perturbations are told: identities are learned first."
-    )
     depth_dropout: float = Field(
         0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
     )

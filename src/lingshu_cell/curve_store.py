@@ -1,7 +1,5 @@
 """The information curve of a run on disk: in the manifest since training ended, or measured later beside it."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +7,7 @@ from lingshu_cell.checkpoint import Checkpoint
 from lingshu_cell.diffusion.information import InformationCurve
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import read_json
+from lingshu_cell.output_files import checked, writable, write_checked_json
 
 FILE = "schedule.json"
 
@@ -33,6 +32,7 @@ def load_curve(checkpoint: Checkpoint) -> StoredCurve | None:
     if file.is_file():
         stored = read_json(file, "A stored schedule must be whole", "Delete this file")
         try:
+            stored = checked(stored)
             if stored["checkpoint_checksum"] == checkpoint.manifest["checksum"]:
                 curve = InformationCurve.from_json(stored["information_curve"])
                 return StoredCurve(curve, str(stored["measured_on"]))
@@ -54,16 +54,12 @@ def save_curve(checkpoint: Checkpoint, stored: StoredCurve) -> Path:
         If the run folder cannot be written.
     """
     file = checkpoint.folder.parent / FILE
-    draft = file.with_suffix(".json.tmp")
     content = {
         "checkpoint": checkpoint.folder.name,
         "checkpoint_checksum": checkpoint.manifest["checksum"],
         "measured_on": stored.measured_on,
         "information_curve": stored.curve.to_json(),
     }
-    try:
-        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, file)
-    except OSError as error:
-        raise LingshuError("The run folder must be writable", f"{file}: {error}", "Free some space") from None
+    with writable("The run folder must be writable", file, "Free some space or check the rights"):
+        write_checked_json(file, content)
     return file

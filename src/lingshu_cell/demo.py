@@ -1,6 +1,5 @@
 """The whole pipeline on the bundled PBMC 3k cells: split, train, generate, evaluate, report."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +11,14 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
+from lingshu_cell.data.anndata_io import write_adata
 from lingshu_cell.data.splits import split_cells
 from lingshu_cell.datasets import pbmc3k_path
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.generate import generate_file, load_model
 from lingshu_cell.input_files import expanded
+from lingshu_cell.output_files import write_json
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import run_config
 from lingshu_cell.train import Progress, train
@@ -119,7 +120,7 @@ def run_demo(
     with result.stage("report", on_note):
         write_report(evaluation)
     result.seconds["total"] = round(sum(result.seconds.values()), 1)
-    (out / MARKER).write_text(json.dumps({"seconds": result.seconds}, indent=1) + "\n", encoding="utf-8")
+    write_json(out / MARKER, {"seconds": result.seconds})
     return result
 
 
@@ -137,10 +138,10 @@ def _make_room(out: Path, overwrite: bool) -> None:
             else:
                 made.unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        (out / MARKER).write_text(json.dumps({"seconds": None}) + "\n", encoding="utf-8")
+        write_json(out / MARKER, {"seconds": None})
     except OSError as error:
         raise LingshuError("The demo folder must be writable", f"{out}: {error}", "Change --out") from None
 
 
 def _write(cells: ad.AnnData, rows: np.ndarray, path: Path) -> None:
-    cells[rows].copy().write_h5ad(path, compression="gzip")
+    write_adata(path, cells[rows].copy())

@@ -102,6 +102,7 @@ class Space:
         return Cells(counts, components, labels, predicted, depth.measure_depth(counts))
 
 
+@folder.holding_output
 def evaluate_files(
     real: Path,
     generated: Path,
@@ -212,7 +213,6 @@ def evaluate_files(
 
 
 def _check_arguments(out: Path, target_sum: float, max_cells: int | None, n_splits: int) -> None:
-    folder.refuse_unwritable(out)
     if not 0 < target_sum < float("inf"):
         raise LingshuError("target_sum must be above 0", f"it is {target_sum}", "Use e.g. 10000 counts per cell")
     if n_splits < 1:

@@ -70,6 +70,7 @@ class _Judges:
     baseline: dict[str, float | None] | None
 
 
+@folder.holding_output
 def evaluate_responses(
     real: Source,
     predicted: Source,
@@ -192,7 +193,6 @@ def evaluate_responses(
 
 
 def _check_arguments(out: Path, protocol: Protocol, threads: int, use_cell_eval: bool, use_cell_eval2: bool) -> None:
-    folder.refuse_unwritable(out)
     if not 0 < protocol.target_sum < float("inf"):
         raise LingshuError(
             "target_sum must be above 0", f"it is {protocol.target_sum}", "Use e.g. 10000 counts per cell"

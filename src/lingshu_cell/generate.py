@@ -421,7 +421,9 @@ def steering_of(
         raise LingshuError("The prior must exist", f"'{prior}'", "Choose silenced, or leave it out")
     if prior is None and de_tables is not None:
         raise LingshuError("Tables of differential expression serve a prior", "none is chosen", "Add --prior silenced")
-    silenced = None if prior is None else read_silenced(model.checkpoint.folder.parent, de_tables)
+    checkpoint = model.checkpoint
+    expected = checkpoint.manifest.get("silenced_sha256")
+    silenced = None if prior is None else read_silenced(checkpoint.folder.parent, de_tables, expected)
     clamp = mapping(clamp, "Clamped genes", '{"STAT1": 0}')
     tilt = mapping(tilt, "Tilted genes", '{"STAT1": 0.5}')
     return Steering(**chosen, clamp=clamp, tilt=tilt, silenced=silenced)

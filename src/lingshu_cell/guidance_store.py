@@ -1,13 +1,12 @@
 """The guidance that a calibration found for a run, on disk beside its checkpoints."""
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lingshu_cell.arguments import is_finite
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import read_json
+from lingshu_cell.output_files import checked, writable, write_checked_json
 
 GUIDANCE_NAME = "guidance.json"
 
@@ -42,9 +41,8 @@ class Calibration:
 def save_calibration(run: Path, calibration: Calibration) -> Path:
     """Write ``RUN/guidance.json``; the file appears when it is whole."""
     file = run / GUIDANCE_NAME
-    beside = run / f".{GUIDANCE_NAME}.part"
-    beside.write_text(json.dumps(asdict(calibration), indent=1), encoding="utf-8")
-    os.replace(beside, file)
+    with writable("The run folder must be writable", file, "Free some space or check the rights"):
+        write_checked_json(file, asdict(calibration))
     return file
 
 
@@ -62,6 +60,7 @@ def load_calibration(run: Path, checkpoint_step: int) -> Calibration | None:
     rule = "guidance.json must be as lingshu calibrate wrote it"
     values = read_json(file, rule, "Delete it and calibrate again")
     try:
+        values = checked(values)
         values |= {name: tuple(values[name]) for name in ("scales", "slopes", "conditions")}
         calibration = Calibration(**values)
     except (ValueError, TypeError, KeyError) as error:

@@ -2,13 +2,15 @@
 
 import contextlib
 import csv
-import fcntl
-import os
-from collections.abc import Iterator
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import locked, writable, write_text
 
 COLUMNS = (
     "step", "loss", "validation_nelbo", "bits_per_gene", "learning_rate", "gradient_norm", "seconds",
@@ -16,9 +18,67 @@ COLUMNS = (
 )  # fmt: skip
 """loss and nelbo in nats per cell; seconds since this process began to train; condition_* of validation conditions."""
 
+_RULE = "The run folder must be writable"
+_REMEDY = "Free some space or check the rights, then go on with --resume"
+
+
+class RunTable:
+    """A table that grows with a run; rows after the step of resumption are dropped, as they will come again.
+
+    What a full disk or a damage left broken is dropped too, and told.
+
+    Parameters
+    ----------
+    path
+        A CSV file.
+    columns
+        Its columns, of which ``step`` is the first.
+    step
+        Step the run goes on from; 0 starts a new table.
+    texts
+        Which columns hold texts; all others hold numbers or nothing.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int, texts: Sequence[str] = ()) -> None:
+        self.path, self._columns = path, tuple(columns)
+        self._numbers = [i for i, name in enumerate(columns) if name not in texts]
+        kept = self._kept(step) if step and path.is_file() else []
+        with writable(_RULE, path, _REMEDY):
+            write_text(path, _csv([self._columns, *kept]))
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows; what is ``None`` or not given stays empty."""
+        lines = [["" if row.get(name) is None else row[name] for name in self._columns] for row in rows]
+        with writable(_RULE, self.path, _REMEDY), open(self.path, "a", newline="", encoding="utf-8") as stream:
+            stream.write(_csv(lines))
+
+    def _kept(self, step: int) -> list[list[str]]:
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as stream:
+            try:
+                rows = list(csv.reader(stream))[1:]
+            except csv.Error:
+                rows = [[]]
+        whole = [row for row in rows if self._is_whole(row)]
+        if len(whole) < len(rows):
+            warnings.warn(f"{self.path}: {len(rows) - len(whole)} broken rows were left out", stacklevel=2)
+        return [row for row in whole if int(row[0]) <= step]
+
+    def _is_whole(self, row: list[str]) -> bool:
+        try:
+            int(row[0])
+            return len(row) == len(self._columns) and all(math.isfinite(float(row[i] or 0)) for i in self._numbers)
+        except (ValueError, IndexError):
+            return False
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
 
 class History:
-    """Append-only table of a run; rows after the step of resumption are dropped, as they will come again.
+    """The table history.csv of a run, and TensorBoard's events.
 
     Parameters
     ----------
@@ -31,30 +91,19 @@ class History:
     """
 
     def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
-        path = run / "history.csv"
-        kept: list[dict[str, str]] = []
-        if step and path.is_file():
-            with open(path, newline="", encoding="utf-8") as stream:
-                kept = [row for row in csv.DictReader(stream) if int(row["step"]) <= step]
-        self._stream = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._writer = csv.DictWriter(self._stream, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._stream.flush()
+        self._table = RunTable(run / "history.csv", COLUMNS, step)
         self._events = _events(run) if tensorboard else None
 
     def add(self, **row: Any) -> None:
         """Add a row; None leaves its cell empty."""
-        self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
-        self._stream.flush()
+        self._table.add(row)
         if self._events:
             for key, value in row.items():
                 if value is not None and key != "step":
                     self._events.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
-        """Close the files."""
-        self._stream.close()
+        """Close what is open."""
         if self._events:
             self._events.close()
 
@@ -72,14 +121,8 @@ def _events(run: Path) -> Any:
 @contextlib.contextmanager
 def lock_run(run: Path) -> Iterator[None]:
     """Hold a run folder for this process; the lock goes with the process, however it ends."""
-    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LingshuError(
-                "One run folder belongs to one training at a time", f"{run} is in use", "Wait, or change --out"
-            ) from None
+    rule = "One run folder belongs to one training at a time"
+    with contextlib.ExitStack() as held:
+        with writable(_RULE, run, "Check the rights, or change --out"):
+            held.enter_context(locked(run, rule, f"{run} is in use", "Wait, or change --out"))
         yield
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.generate import TrainedModel, generate, generate_file, load_model, steering_of
 from lingshu_cell.input_files import expanded
+from lingshu_cell.output_files import write_atomically
 from lingshu_cell.planner import find_minibatch_size
 from lingshu_cell.report import write_report
 from lingshu_cell.run_config import AUTOMATIC, run_config
@@ -438,7 +439,7 @@ def evaluate(
         }
         metrics = evaluate_files(**files, out=Path(out), layer=layer, nelbo=nelbo, **settings)
     if model is not None and (model.run / "history.csv").is_file():
-        shutil.copyfile(model.run / "history.csv", Path(out) / "history.csv")
+        write_atomically(Path(out) / "history.csv", lambda draft: shutil.copyfile(model.run / "history.csv", draft))
     return metrics
 
 

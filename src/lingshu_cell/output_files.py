@@ -20,6 +20,11 @@ from lingshu_cell.errors import LingshuError
 LOCK = ".lock"
 
 
+def draft_of(name: str) -> str:
+    """Name of the file that is written before it gets its name."""
+    return f".{name}.tmp"
+
+
 class Draft:
     """A file on its way to its name; no other process can write it meanwhile, and none is kept out by a dead one.
 
@@ -41,7 +46,7 @@ class Draft:
 
     def __init__(self, file: Path, draft: Path | None = None) -> None:
         self.file = file
-        self.path = file.with_name(f".{file.name}.tmp") if draft is None else draft
+        self.path = file.with_name(draft_of(file.name)) if draft is None else draft
         held = _hold(self.path)
         if held is None:
             raise LingshuError(
@@ -116,12 +121,22 @@ def read_checked_json(file: Path) -> dict[str, Any]:
         If it does not match its checksum.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return checked(json.loads(file.read_text(encoding="utf-8")))
     except RecursionError:
-        content = None
-    if not isinstance(content, dict) or content.pop("checksum", None) != checksum(content):
+        raise ValueError("it is nested too deeply") from None
+
+
+def checked(content: Any) -> dict[str, Any]:
+    """Give what :func:`write_checked_json` was given, from what was read.
+
+    Raises
+    ------
+    ValueError
+        If it does not match its checksum.
+    """
+    if not isinstance(content, dict) or content.get("checksum") != checksum(content):
         raise ValueError("it does not match its checksum")
-    return content
+    return {key: value for key, value in content.items() if key != "checksum"}
 
 
 def flush(path: Path) -> None:

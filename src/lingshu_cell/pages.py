@@ -2,13 +2,13 @@
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.judgement import number
+from lingshu_cell.output_files import writable, write_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -86,9 +86,8 @@ def save_page(page: str, target: Path) -> Path:
     -------
     ``target``.
     """
-    beside = target.with_name(f".{target.name}.part")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, target)
+    with writable("The page must be writable", target, "Free some space or check the rights"):
+        write_text(target, page)
     return target
 
 

@@ -4,7 +4,6 @@ Stages: look at the files and join their genes · scan all counts once · scatte
 permutation · turn each bucket into a shard · write the manifest, which makes the store valid.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,12 +22,14 @@ from lingshu_cell.data.gene_tables import GeneTables, read_tables, species_name
 from lingshu_cell.data.quality import QualityRules, is_mitochondrial, table
 from lingshu_cell.data.scan import Scan, scan
 from lingshu_cell.data.sources import CountSource, identity, open_source
+from lingshu_cell.data.store import open_store
 from lingshu_cell.data.store_builder import StoreBuilder, joint_sum
-from lingshu_cell.data.store_files import MANIFEST, WORK, read_manifest
-from lingshu_cell.data.store_writer import write_json, writing
+from lingshu_cell.data.store_files import MANIFEST, WORK
+from lingshu_cell.data.store_writer import unfinished_damaged, writing
 from lingshu_cell.data.vocabulary import GeneVocabulary
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.input_files import expanded, read_text, refuse_special
+from lingshu_cell.output_files import LOCK, locked, read_checked_json, write_checked_json
 
 CELLS_PER_SHARD = 8_192
 
@@ -309,21 +310,15 @@ def _locked(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise LingshuError("A store is a folder", f"{out} is a file", "Choose another --out")
     if out.is_dir():
-        strange = [file.name for file in out.iterdir() if file.name not in (WORK, ".lock", MANIFEST)]
+        strange = [file.name for file in out.iterdir() if file.name not in (WORK, LOCK, MANIFEST)]
         if strange and not ((out / MANIFEST).exists() or (out / WORK).exists()):
             raise LingshuError(
                 "The folder of a new store must be empty", f"{out} holds {offenders(strange)}", "Choose another --out"
             )
     with ExitStack() as stack:
         with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(out / ".lock", "w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LingshuError(
-                "Only one process may prepare a store", f"another one is writing {out}", "Wait until it is done"
-            ) from None
+            rule, finding = "Only one process may prepare a store", f"another one is writing {out}"
+            stack.enter_context(locked(out, rule, finding, "Wait until it is done"))
         yield
 
 
@@ -371,7 +366,7 @@ class _Job:
                 manifest = builder.build(content, self._done)
                 for note in manifest["notes"]:
                     self.say(note)
-            write_json(self.out / "identities.json", self.identities)
+            write_checked_json(self.out / "identities.json", self.identities)
             shutil.rmtree(self.work, ignore_errors=True)
         return PrepareResult(self.out, False, manifest, self.seconds)
 
@@ -386,7 +381,7 @@ class _Job:
         """Say which files and settings make the store; checksums of files that have not changed are remembered."""
         cache_file = self.out / ("identities.json" if (self.out / MANIFEST).exists() else f"{WORK}/identities.json")
         try:
-            known = json.loads(cache_file.read_text(encoding="utf-8"))
+            known = read_checked_json(cache_file)
         except (OSError, ValueError):
             known = {}
         self.identities = {n: identity(p, known.get(n)) for n, p in zip(self.names, self.paths, strict=True)}
@@ -396,10 +391,10 @@ class _Job:
     def _finished(self, plan: Mapping[str, Any]) -> PrepareResult | None:
         if not (self.out / MANIFEST).exists():
             return None
-        manifest = read_manifest(self.out)
+        manifest = open_store(self.out).manifest  # which compares the sizes of all files
         self._refuse_others({key: manifest.get(key) for key in plan}, plan, "The store was made from")
         shutil.rmtree(self.work, ignore_errors=True)
-        write_json(self.out / "identities.json", self.identities)
+        write_checked_json(self.out / "identities.json", self.identities)
         self.say(f"{self.out} is up to date: the same files and settings, nothing to do")
         return PrepareResult(self.out, True, manifest, self.seconds)
 
@@ -409,10 +404,14 @@ class _Job:
             (self.out / folder).mkdir(exist_ok=True)
         journal = self.work / "plan.json"
         if journal.exists():
-            self._refuse_others(json.loads(journal.read_text(encoding="utf-8")), plan, "The unfinished store is of")
+            try:
+                begun = read_checked_json(journal)
+            except ValueError as error:
+                raise unfinished_damaged(self.work, f"{journal.name}: {error}") from None
+            self._refuse_others(begun, plan, "The unfinished store is of")
             self.say("an interrupted store: going on where it stopped")
-        write_json(journal, plan)
-        write_json(self.work / "identities.json", self.identities)
+        write_checked_json(journal, plan)
+        write_checked_json(self.work / "identities.json", self.identities)
 
     def _refuse_others(self, there: Mapping[str, Any], plan: Mapping[str, Any], what: str) -> None:
         old, new = there.get("settings") or {}, plan["settings"]

@@ -214,7 +214,7 @@ def _with_context(
             )
     alignment = align_genes(genes, list(cells.gene_names), cells.var, min_coverage=min_coverage)
     counts, present = apply_alignment(cells.counts, alignment)
-    profile_JG = average_profile(counts[:, modelled])
+    profile_JG = average_profile(counts[:, modelled], conditioner.contexts.profile_KJG[0])
     profile_JG[:, ~present[modelled]] = np.nan  # not measured: tells nothing
     identity = wanted.copy()
     identity[field] = 0

@@ -10,6 +10,7 @@ import pandas as pd
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.input_files import read_json, refuse_special
 from lingshu_cell.metrics.differential import README_NAME, SIGNIFICANT, DifferentialTables, read_differential
+from lingshu_cell.output_files import writable, write_text
 from lingshu_cell.response_figures import (
     dot_plot,
     fold_changes,
@@ -175,8 +176,9 @@ def write_differential_figures(folder: Path) -> list[Path]:
         pictures = {f"{Path(files[c]).stem}.volcano.svg": volcano(t, f"volcano {c}") for c, t in found.tables.items()}
         if top_genes(found.tables, 1):
             pictures["dot_plot.svg"] = dot_plot(strongest(found.tables), "dot plot of the most significant genes")
-    for name, svg in pictures.items():
-        (folder / name).write_text(standalone(svg), encoding="utf-8")
+    with writable("The output folder must be writable", folder, "Free some space or check the rights"):
+        for name, svg in pictures.items():
+            write_text(folder / name, standalone(svg))
     return [folder / name for name in pictures]
 
 

@@ -19,6 +19,7 @@ from lingshu_cell.diffusion.plan import SCHEDULES, Schedule, choose_schedule
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import TrainedModel, load_model, resolve_schedule
 from lingshu_cell.input_files import expanded
+from lingshu_cell.output_files import writable, write_atomically
 
 BUDGETS = (3, 8, 16, 32, 64, 128, 256)
 PLOT = "schedule.png"
@@ -208,7 +209,5 @@ def draw_schedules(curve: InformationCurve, table: dict[int, dict[str, float]], 
     right.minorticks_off()
     right.grid(alpha=0.25, which="major")
     right.legend(frameon=False, fontsize=8)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LingshuError("The run folder must be writable", f"{path}: {error}", "Free some space") from None
+    with writable("The run folder must be writable", path, "Free some space or check the rights"):
+        write_atomically(path, lambda draft: figure.savefig(draft, format=path.suffix.lstrip(".")))

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lingshu_cell.checksums import sha256
 from lingshu_cell.config import DataConfig
 from lingshu_cell.data.condition_sums import Tally
 from lingshu_cell.data.de_tables import join_de_tables, read_de_table, silenced_genes, strongly_down_regulated
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.output_files import writable, write_text
 
 SILENCED_FILE = "silenced.csv"
 _CELLS_AT_ONCE = 4096
@@ -41,13 +43,22 @@ class Silenced:
         return len(measured - {identity})
 
 
-def read_silenced(run: Path, de_tables: Path | str | None = None) -> Silenced:
+def read_silenced(run: Path, de_tables: Path | str | None = None, expected: str | None = None) -> Silenced:
     """Read tables of differential expression: those given, or those that training left in the run folder.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    de_tables
+        Tables of the user's own.
+    expected
+        The sha256 of those of training, where the checkpoint states it.
 
     Raises
     ------
     LingshuError
-        If none are given and training left none, or they cannot be read.
+        If none are given and training left none, or they cannot be read, or are not what training wrote.
     """
     path = run / SILENCED_FILE if de_tables is None else Path(de_tables)
     if de_tables is None and not path.is_file():
@@ -55,6 +66,12 @@ def read_silenced(run: Path, de_tables: Path | str | None = None) -> Silenced:
             "Holding silenced genes low needs tables of differential expression",
             f"{run.name} has none from training",
             "Pass those of lingshu de with --de-tables, or train with data.silenced=true",
+        )
+    if de_tables is None and expected is not None and sha256(path) != expected:
+        raise LingshuError(
+            "The tables of a run must be whole",
+            f"{path} does not match its checksum",
+            "Copy the run again from where it came, or pass tables of lingshu de with --de-tables",
         )
     table = read_de_table(path)
     return Silenced(table, "the training cells" if de_tables is None else path.name)
@@ -115,14 +132,34 @@ def measure_silenced(
     return whole[first | _is_silenced(whole)].reset_index(drop=True)
 
 
-def write_silenced(
-    run: Path, cells: TrainingCells, identity_names: Callable[[np.ndarray], Sequence[str]], data: DataConfig
-) -> None:
-    """Measure what perturbations silence, as :func:`measure_silenced`, and leave it in the run folder."""
-    if not (run / SILENCED_FILE).is_file():
-        partial = run / f"{SILENCED_FILE}.tmp"
-        measure_silenced(cells, identity_names, data).to_csv(partial, index=False)
-        partial.replace(run / SILENCED_FILE)
+def keep_silenced(
+    run: Path,
+    cells: TrainingCells,
+    identity_names: Callable[[np.ndarray], Sequence[str]],
+    data: DataConfig,
+    known: str | None = None,
+) -> str:
+    """Measure what perturbations silence, as :func:`measure_silenced`, and leave it in the run folder.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    cells, identity_names, data
+        See :func:`measure_silenced`.
+    known
+        The sha256 of what an earlier part of the run left there; what matches it is not measured again.
+
+    Returns
+    -------
+    The sha256 of the file.
+    """
+    file = run / SILENCED_FILE
+    if known is None or not file.is_file() or sha256(file) != known:
+        table = measure_silenced(cells, identity_names, data)
+        with writable("The run folder must be writable", file, "Free some space, then go on with --resume"):
+            write_text(file, table.to_csv(index=False))
+    return sha256(file)
 
 
 def describe_silenced(silenced: Silenced, held: dict[tuple[str, str], tuple[str, ...]]) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lingshu_cell.checkpoint import is_unfinished, sweep
 from lingshu_cell.conditioning import build_conditioner, standard_doses
 from lingshu_cell.config import Config, DataConfig
 from lingshu_cell.data.anndata_io import read_counts
@@ -39,7 +41,8 @@ from lingshu_cell.history import History, lock_run
 from lingshu_cell.input_files import expanded
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.denoiser import build_denoiser
-from lingshu_cell.silenced import SILENCED_FILE, write_silenced
+from lingshu_cell.output_files import LOCK, draft_of, writable, write_text
+from lingshu_cell.silenced import SILENCED_FILE, keep_silenced
 from lingshu_cell.validation_conditions import FILE as CONDITIONS_FILE
 from lingshu_cell.validation_conditions import ValidationConditions
 
@@ -144,7 +147,13 @@ def train(
         else:
             on_progress = on_note = _say_nothing
         with contextlib.ExitStack() as held:
-            world.agreed(lambda: held.enter_context(lock_run(run)), only_first=True)
+
+            def hold() -> None:
+                held.enter_context(lock_run(run))
+                _check_output(run, resume)  # once more: another run may have trained here while we read the data
+                sweep(run)
+
+            world.agreed(hold, only_first=True)
             return _Trainer(run, config, cells, resume, device, world, on_note).run_all(on_progress, clock)
 
 
@@ -179,11 +188,15 @@ class _Trainer:
         self.best_known: float | None = None
         self.curve: InformationCurve | None = None
         self.losses = Losses()
-        if resume:
-            world.agreed(self._restore)
+        self.conditions: ValidationConditions | None = None
+        self.silenced_sha256: str | None = None
+        best = world.agreed(self._restore) if resume else None
         self.conditions = self._validation_conditions()
-        if self.conditions is not None and resume:
-            world.agreed(lambda: self.conditions.resume(run, self.step, world.is_first))
+        if self.conditions is not None:
+            if best is not None:
+                self.conditions.best, self.conditions.best_step = best["condition_explained"], best["step"]
+            begin = partial(self.conditions.begin, run, self.step, best, settings.keep_best)
+            world.agreed(begin, only_first=True)
         self.history = world.agreed(lambda: History(run, self.step, settings.tensorboard), only_first=True)
 
     def run_all(self, on_progress: Callable[[Progress], None], clock: Callable[[], float]) -> TrainingResult:
@@ -193,10 +206,7 @@ class _Trainer:
             f"{self.config.preset}: {self.held.n_parameters / 1e6:.1f} M parameters on {self.device}, "
             f"{len(self.cells.train):,} training cells" + ("" if world.size == 1 else f", {world.size} processes")
         )
-        if world.is_first:
-            if self.config.data.silenced:
-                write_silenced(self.run, self.cells, self.conditioner.identity_names, self.config.data)
-            (self.run / "config.json").write_text(self.config.model_dump_json(indent=1), encoding="utf-8")
+        world.agreed(self._describe, only_first=True)
         started, first_step, seconds_before = clock(), self.step, self.seconds
         asked = False
         history = contextlib.closing(self.history) if self.history else contextlib.nullcontext()
@@ -224,6 +234,14 @@ class _Trainer:
         return TrainingResult(
             self.run, self.step, settings.steps, self.best_known, not self._finished(), self.cells.notes
         )
+
+    def _describe(self) -> None:
+        """Leave in the run folder what is known before the first step."""
+        if self.config.data.silenced:
+            names, data = self.conditioner.identity_names, self.config.data
+            self.silenced_sha256 = keep_silenced(self.run, self.cells, names, data, self.silenced_sha256)
+        with writable("The run folder must be writable", self.run, "Free some space, then go on with --resume"):
+            write_text(self.run / "config.json", self.config.model_dump_json(indent=1))
 
     def _network(self, at_frequencies: bool) -> torch.nn.Module:
         cells, midpoints = self.cells, torch.from_numpy(token_midpoints())
@@ -273,8 +291,7 @@ class _Trainer:
         draws = StepDraws.of(self.step, n, g, self.law, settings.seed, self.device)
         mine = self.world.share(n)
         x_0_BG, conditions = self._on_device(self.draw(self.step), draws.context_uniforms(mine))
-        progress = max(self.step / settings.steps, self._share_of_time())
-        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings, progress), draws)
+        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings), draws)
 
     def _validate(self, gradient_norm: float, seconds: float) -> None:
         """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
@@ -287,7 +304,7 @@ class _Trainer:
         if is_best and self.settings.keep_best:
             self._save()
             if self.world.is_first:
-                self.conditions.keep(self.run, self.step)
+                self.conditions.keep(self.run)
 
     def _note_down(
         self, nelbo: float | None, gradient_norm: float, seconds: float, of_conditions: dict[str, float]
@@ -317,8 +334,8 @@ class _Trainer:
         with self.held.with_parts(self.averages[0].weights), self._autocast():
             scores = self.conditions.measure(self.held.network, self.device)
         if self.world.is_first:
-            self.conditions.write(self.run, self.step, scores)
-        return self.conditions.take_in(scores)
+            self.conditions.write(self.step, scores)
+        return self.conditions.take_in(self.step, scores)
 
     def _validation_nelbo(self) -> float:
         """Mean over the held-out cells, of which each process computes its share."""
@@ -388,15 +405,20 @@ class _Trainer:
             "first_loss": self.losses.first,
             "smooth_loss": self.losses.smooth,
             "validation_nelbo_nats_per_cell": self.best_known,
+            "best": None if self.conditions is None else self.conditions.best_so_far(),
+            "silenced_sha256": self.silenced_sha256,
             "information_curve": None if self.curve is None else self.curve.to_json(),
         }
 
-    def _restore(self) -> None:
+    def _restore(self) -> dict[str, Any] | None:
+        """Take back the newest checkpoint; gives the best step so far and its score."""
         manifest = restore(self.run, self.held, self.averages, self.optimiser, self._manifest())
         self.step = self.saved_step = manifest["step"]
         self.best_known = manifest["validation_nelbo_nats_per_cell"]
         self.losses = Losses(manifest["first_loss"], manifest["smooth_loss"])
         self.seconds = manifest["seconds"] or 0.0
+        self.silenced_sha256 = manifest.get("silenced_sha256")
+        return manifest["best"]
 
 
 def _say_nothing(anything: object) -> None:
@@ -453,16 +475,11 @@ def _check_output(run: Path, resume: bool) -> None:
     if resume and not run.is_dir():
         raise LingshuError("--resume needs a run to go on with", f"{run} does not exist", "Leave --resume out")
     # A run that ended before its first checkpoint leaves only these; starting again over them loses nothing.
-    bare = {
-        ".lock",
-        "config.json",
-        "history.csv",
-        CONDITIONS_FILE,
-        "tensorboard",
-        SILENCED_FILE,
-        f"{SILENCED_FILE}.tmp",
-    }
-    if not resume and run.exists() and (not run.is_dir() or any(p.name not in bare for p in run.iterdir())):
+    files = ("config.json", "history.csv", CONDITIONS_FILE, SILENCED_FILE)
+    bare = {LOCK, "tensorboard", *files, *map(draft_of, files)}
+    names = [p.name for p in run.iterdir()] if run.is_dir() else []
+    taken = any(name not in bare and not is_unfinished(name) for name in names)
+    if not resume and run.exists() and (not run.is_dir() or taken):
         raise LingshuError("A new run needs a new folder", f"{run} exists", "Pass --resume, or another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)

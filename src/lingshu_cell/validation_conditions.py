@@ -6,22 +6,23 @@ change, to be compared with the measured one.
 Shapes: B cells, K validation conditions, G modelled genes, C condition fields.
 """
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
-from lingshu_cell.checkpoint import mark_best, read_best
+from lingshu_cell.checkpoint import holds_step, mark_best, read_best
 from lingshu_cell.conditioning import Conditioner, read_through, standard_doses
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.expected_effects import with_expected_effects
+from lingshu_cell.history import RunTable
 from lingshu_cell.network.distribution import Denoise, Positions
 from lingshu_cell.tokens import MASK_TOKEN
 
@@ -77,8 +78,8 @@ class ValidationConditions:
         Measured log fold changes against control cells of the same identity.
     tokens, cell_row_BC, cell_dose_B
         Perturbed validation cells: expression tokens B × G, condition rows, doses.
-    best
-        Score of the best step, the mean of ``explained``.
+    best, best_step
+        Score of the best step, the mean of ``explained``, and the step.
     """
 
     conditioner: Conditioner
@@ -90,6 +91,7 @@ class ValidationConditions:
     cell_row_BC: np.ndarray
     cell_dose_B: np.ndarray
     best: float | None = None
+    best_step: int | None = None
 
     @classmethod
     def of(cls, cells: TrainingCells, conditioner: Conditioner) -> "ValidationConditions | None":
@@ -159,7 +161,7 @@ class ValidationConditions:
         """Score all conditions, and give the NELBO of their cells; the network is in evaluation mode."""
         return self.scores(denoise, device), self.nelbo(denoise, device)
 
-    def take_in(self, measured: tuple[list[Score], float]) -> tuple[dict[str, float], bool]:
+    def take_in(self, step: int, measured: tuple[list[Score], float]) -> tuple[dict[str, float], bool]:
         """Remember the best step by what :meth:`measure` gave.
 
         Returns
@@ -171,7 +173,8 @@ class ValidationConditions:
         slopes = [score.slope for score in scores if score.slope is not None]
         score = float(np.mean([one.explained for one in scores]))
         improved = self.best is None or score > self.best
-        self.best = score if improved else self.best
+        if improved:
+            self.best, self.best_step = score, step
         return {
             "condition_nelbo": nelbo,
             "condition_r": float(np.mean([one.r for one in scores])),
@@ -179,37 +182,45 @@ class ValidationConditions:
             "condition_explained": score,
         }, improved
 
-    def keep(self, run: Path, step: int) -> None:
-        """Say that the checkpoint of a step, which was just measured and saved, is the best."""
-        mark_best(run, step, {"condition_explained": self.best, "conditions": list(self.names)})
+    def begin(self, run: Path, step: int, best: Mapping[str, Any] | None, keep_best: bool) -> None:
+        """Begin the tables of a run, or go on from a step: forget what was measured after it.
 
-    def resume(self, run: Path, step: int, is_first: bool = True) -> None:
-        """Go on from a step: forget what was measured after it; the first process mends the table too."""
-        best = read_best(run)
-        if best is not None and best["step"] <= step:
-            self.best = best["condition_explained"]
-        path = run / FILE
-        if is_first and path.is_file():
-            with open(path, newline="", encoding="utf-8") as stream:
-                kept = [row for row in csv.DictReader(stream) if int(row["step"]) <= step]
-            _write(path, kept, "w")
+        Parameters
+        ----------
+        run
+            The run folder.
+        step
+            Where the run goes on; 0 for a new one.
+        best
+            What :meth:`best_so_far` said at that step.
+        keep_best
+            Mark it, if the run ended before it was marked.
+        """
+        self._table = RunTable(run / FILE, _COLUMNS, step, texts=("condition",))
+        if best is not None and keep_best and holds_step(run, best["step"]):
+            marked = read_best(run)
+            if marked is None or marked["step"] != best["step"]:
+                mark_best(run, best["step"], self._facts(best["condition_explained"]))
 
-    def write(self, run: Path, step: int, measured: tuple[list[Score], float]) -> None:
+    def keep(self, run: Path) -> None:
+        """Say that the best checkpoint, which was just measured and saved, is the best."""
+        mark_best(run, self.best_step, self._facts(self.best))
+
+    def best_so_far(self) -> dict[str, Any] | None:
+        """Give step and score of the best, for the manifest."""
+        return None if self.best is None else {"step": self.best_step, "condition_explained": self.best}
+
+    def write(self, step: int, measured: tuple[list[Score], float]) -> None:
         """Append what :meth:`measure` gave to ``RUN/conditions.csv``."""
-        rows = [
-            {"step": step, "condition": name, "r": s.r, "slope": "" if s.slope is None else s.slope,
-             "explained": s.explained}
-            for name, s in zip(self.names, measured[0], strict=True)
-        ]  # fmt: skip
-        _write(run / FILE, rows, "a")
+        self._table.add(
+            *(
+                {"step": step, "condition": name, "r": s.r, "slope": s.slope, "explained": s.explained}
+                for name, s in zip(self.names, measured[0], strict=True)
+            )
+        )
 
-
-def _write(path: Path, rows: Sequence[dict], mode: str) -> None:
-    with open(path, mode, newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, _COLUMNS)
-        if stream.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+    def _facts(self, score: float) -> dict[str, Any]:
+        return {"condition_explained": score, "conditions": list(self.names)}
 
 
 def _cells_of(cells: TrainingCells, row_RC: np.ndarray) -> list[np.ndarray]:

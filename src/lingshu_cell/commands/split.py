@@ -1,6 +1,5 @@
 """The command ``lingshu split``: cells to train, validation and test files by condition, proven disjoint."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,10 +109,11 @@ def write_parts(
     """
     import anndata as ad
 
-    from lingshu_cell.data.anndata_io import read_obs
+    from lingshu_cell.data.anndata_io import read_obs, write_adata
     from lingshu_cell.data.condition_labels import check_disjoint
     from lingshu_cell.data.condition_splits import PARTS
     from lingshu_cell.data.split_files import to_toml
+    from lingshu_cell.output_files import writable, write_text
 
     paths = {part: out / f"{part}.h5ad" for part in PARTS}
     there = [str(path) for path in (*paths.values(), out / "split.toml") if path.exists()]
@@ -123,18 +123,18 @@ def write_parts(
         )
     if any(path.exists() and path.samefile(data) for path in paths.values()):
         raise LingshuError("The cells to be split stay as they are", f"{data} lies in {out}", "Name another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    with writable("The output folder must be writable", out, "Check the rights, or name another folder"):
+        out.mkdir(parents=True, exist_ok=True)
     adata = ad.read_h5ad(data)
     few_shot = chosen.few_shot_conditions(adata.obs) if chosen.few_shot else set()
     for part, path in list(paths.items()):
-        path.unlink(missing_ok=True)  # a part that is empty now must not leave an older file behind
         if not (parts == part).any():
+            path.unlink(missing_ok=True)  # a part that is empty now must not leave an older file behind
             del paths[part]
             continue
-        temporary = path.with_name(path.name + ".tmp")
-        adata[parts == part].copy().write_h5ad(temporary, compression="gzip")
-        os.replace(temporary, path)
-    (out / "split.toml").write_text(to_toml(chosen), encoding="utf-8")
+        write_adata(path, adata[parts == part].copy())
+    with writable("The output folder must be writable", out, "Free some space or check the rights"):
+        write_text(out / "split.toml", to_toml(chosen))
     keys = [key for key in (chosen.identity_key, chosen.perturbation_key) if key is not None]
     tables = {part: read_obs(path) for part, path in paths.items()}
     for index, part in enumerate(tables):

@@ -24,8 +24,10 @@ from scipy import sparse
 from lingshu_cell.data.cell_folder import is_cell_folder, shard_files
 from lingshu_cell.data.containers import check_folder, check_hdf5, check_zarr
 from lingshu_cell.data.counts import canonical_counts, check_counts, dense_counts, fingerprint, row_pointers
+from lingshu_cell.data.hdf5_output import Hdf5Output, writing_hdf5
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.input_files import expanded, refuse_special
+from lingshu_cell.output_files import Draft, write_atomically
 
 _CHUNK = 1 << 22  # values looked at or made sparse at a time
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -477,14 +479,17 @@ class H5adWriter:
         self._var = _text_index(var)
         _check_names(pd.Index(["any"]), self._var.index)
         _check_output(self.path, overwrite)
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._obs: list[pd.DataFrame] = []
         self._seen: set[str] = set()
         with _writing(self.path):
-            self._file = h5py.File(self._temporary, "w")
+            self._draft = Draft(self.path, self.path.with_name(self.path.name + ".tmp"))
+        self._output: Hdf5Output | None = None
         try:
+            _check_output(self.path, overwrite)  # once more: another process may have written it before we held it
             with _writing(self.path):
-                self._begin()
+                self._output = Hdf5Output(self._draft.path)
+                with self._output.told_once() as self._file:
+                    self._begin()
         except BaseException:
             self.abort()
             raise
@@ -513,7 +518,7 @@ class H5adWriter:
         obs = _text_index(obs)
         self._check_piece(counts, obs)
         counts = canonical_counts(sparse.csr_matrix(counts), copy=True)
-        with _writing(self.path):
+        with _writing(self.path), self._output.told_once():
             group = self._file["X"]
             _extend(group["indptr"], len(group["data"]) + counts.indptr[1:].astype(np.int64))
             _extend(group["indices"], counts.indices)
@@ -542,23 +547,25 @@ class H5adWriter:
                     "The file must hold all cells", f"{self.n_written} of {expected} came", "Append the others first"
                 )
             with _writing(self.path):
-                self._file["X"].attrs["shape"] = np.array([self.n_written, len(self._var)], dtype=np.int64)
-                _narrow_pointers(self._file["X"])
-                write_elem(self._file, "obs", _categorical(pd.concat(self._obs)))
-                write_elem(self._file, "var", self._var)
-                write_elem(self._file, "uns", dict(uns or {}))
-                for name in ("layers", "obsm", "varm", "obsp", "varp"):
-                    write_elem(self._file, name, {})
-                self._file.close()
-                os.replace(self._temporary, self.path)
+                with self._output.told_once():
+                    self._file["X"].attrs["shape"] = np.array([self.n_written, len(self._var)], dtype=np.int64)
+                    _narrow_pointers(self._file["X"])
+                    write_elem(self._file, "obs", _categorical(pd.concat(self._obs)))
+                    write_elem(self._file, "var", self._var)
+                    write_elem(self._file, "uns", dict(uns or {}))
+                    for name in ("layers", "obsm", "varm", "obsp", "varp"):
+                        write_elem(self._file, name, {})
+                self._output.close()
+                self._draft.commit()
         except BaseException:
             self.abort()
             raise
 
     def abort(self) -> None:
         """Give up and remove the unfinished file."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        if self._output is not None:
+            self._output.abandon()
+        self._draft.abort()
 
     def __enter__(self) -> "H5adWriter":
         return self
@@ -598,7 +605,26 @@ class H5adWriter:
             raise LingshuError("obs_names must be unique", finding, remedy)
 
 
+def write_adata(path: Path, adata: ad.AnnData) -> None:
+    """Write a whole AnnData, compressed; the file appears when it is whole.
+
+    Raises
+    ------
+    LingshuError
+        If it cannot be written.
+    """
+
+    def save(draft: Path) -> None:
+        with writing_hdf5(draft) as file:
+            write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+
+    with _writing(path):
+        write_atomically(path, save)
+
+
 def _check_output(path: Path, overwrite: bool) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise LingshuError("The output must be a file", f"{path} is a device or a pipe", "Name a file")
     if path.is_dir():
         raise LingshuError("The output must be a file", f"{path} is a folder", "Name a file in it, e.g. generated.h5ad")
     if path.exists() and not overwrite:
@@ -613,7 +639,9 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise LingshuError(
-            "The output must be writable", f"{path}: {error}", "Check the rights and the space on the disk"
+            "The output must be writable",
+            f"{path}: {error.strerror or error}",
+            "Check the rights and the space on the disk",
         ) from error
 
 

@@ -10,7 +10,7 @@ from scipy import sparse
 from lingshu_cell.data.condition_sums import Tally
 from lingshu_cell.errors import LingshuError, offenders
 
-PSEUDOCOUNT_UMI = 2.0  # measured on held-out cell types of Kang et al.: 1 … 4 are alike, ½ and 8 are worse
+PSEUDOCOUNT = 1e-4  # share of a cell's counts: one in 10,000 (docs/log.md: ½ to 2 are alike)
 _CELLS_AT_ONCE = 8192
 _LEAST_VARIANCE = 1e-6
 _NULL_PENALTY = 10.0
@@ -39,7 +39,7 @@ class Effects:
     target_sum
         Total every cell was normalised to: the median total.
     pseudocount
-        ε of log(mean + ε), in counts of a cell with ``target_sum``.
+        ε of log(mean + ε), as a share of ``target_sum``.
     """
 
     identities: tuple[str, ...]
@@ -58,12 +58,12 @@ def measure_effects(
     perturbations: Sequence[str],
     identities: Sequence[str] | None,
     control: str,
-    pseudocount_umi: float = PSEUDOCOUNT_UMI,
+    pseudocount: float = PSEUDOCOUNT,
 ) -> Effects:
     r"""Measure Δ_g = log(m_perturbed,g + ε) − log(m_control,g + ε) of every perturbed condition.
 
-    m is the mean over cells of counts normalised to the median total s; ε = ``pseudocount_umi`` · s / T, with T the
-    median over conditions of all their UMI: about two counts of one gene in a whole condition. The sampling variance is
+    m is the mean over cells of counts normalised to the median total s, and ε = ``pseudocount`` · s. So a gene that
+    control cells hardly express is told by how much it rises, others by what factor. The sampling variance is
     Var(m) / (m + ε)², summed over both sides; Var(m) is that between cells, but at least the Poisson variance of
     m + ε, as a gene that no cell of a condition shows is not known to be silent.
 
@@ -77,8 +77,8 @@ def measure_effects(
         Cell line, type or donor of every cell; None where there is only one.
     control
         Label of control cells.
-    pseudocount_umi
-        ε in UMI per condition, above 0.
+    pseudocount
+        ε as a share of all counts, above 0.
 
     Returns
     -------
@@ -103,11 +103,11 @@ def measure_effects(
     sums = GroupSums(len(keys), counts.shape[1])
     for start in range(0, n_cells, _CELLS_AT_ONCE):
         sums.add(counts[start : start + _CELLS_AT_ONCE], group[start : start + _CELLS_AT_ONCE])
-    return effects_of_sums(sums, keys, control, pseudocount_umi)
+    return effects_of_sums(sums, keys, control, pseudocount)
 
 
 def effects_of_sums(
-    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount_umi: float = PSEUDOCOUNT_UMI
+    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount: float = PSEUDOCOUNT
 ) -> Effects:
     """Measure effects as :func:`measure_effects` does, from sums over cells.
 
@@ -117,7 +117,7 @@ def effects_of_sums(
         Sums over the cells of each condition.
     keys
         Identity and perturbation of each condition, sorted.
-    control, pseudocount_umi
+    control, pseudocount
         See :func:`measure_effects`.
     """
     is_control = np.array([label == control for _, label in keys])
@@ -130,7 +130,7 @@ def effects_of_sums(
     sums = sums.normalised()
     n = np.maximum(sums.n_cells, 1)
     mean = sums.first / n[:, None]
-    epsilon = pseudocount_umi * sums.target_sum / max(1.0, float(np.median(sums.umi[~is_control])))
+    epsilon = pseudocount * sums.target_sum
     between_cells = (sums.second / n[:, None] - mean**2) / np.maximum(n - 1, 1)[:, None]
     poisson = (mean + epsilon) * (sums.per_umi / n**2)[:, None]
     variance = np.maximum(between_cells, poisson) / (mean + epsilon) ** 2
@@ -159,7 +159,7 @@ def effects_of_sums(
         profile_identities=tuple(reference),
         profiles=mean[list(reference.values())].astype(np.float32),
         target_sum=sums.target_sum,
-        pseudocount=epsilon,
+        pseudocount=pseudocount,
     )
 
 
@@ -212,12 +212,11 @@ def shrink(delta: np.ndarray, variance: np.ndarray, n_rounds: int = 200) -> np.n
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """Sums over the cells of every group: x, x², s / total, total, number of cells."""
+    """Sums over the cells of every group: x, x², s / total, number of cells."""
 
     first: np.ndarray
     second: np.ndarray
     per_umi: np.ndarray
-    umi: np.ndarray
     n_cells: np.ndarray
     target_sum: float
 
@@ -234,7 +233,7 @@ class GroupSums:
 
     def __init__(self, n_groups: int, n_genes: int) -> None:
         self._first, self._second = np.zeros((n_groups, n_genes)), np.zeros((n_groups, n_genes))
-        self._per_umi, self._umi, self._n_cells = (np.zeros(n_groups) for _ in range(3))
+        self._per_umi, self._n_cells = np.zeros(n_groups), np.zeros(n_groups)
         self._totals = Tally()
 
     def add(self, counts: sparse.csr_matrix, group: np.ndarray) -> None:
@@ -251,7 +250,6 @@ class GroupSums:
         self._first[there] += (to_group @ shares).toarray()
         self._second[there] += (to_group @ shares.power(2)).toarray()
         self._per_umi += np.bincount(group, 1 / totals, n_groups)
-        self._umi += np.bincount(group, totals, n_groups)
         self._n_cells += np.bincount(group, minlength=n_groups)
 
     def normalised(self) -> _Sums:
@@ -261,4 +259,4 @@ class GroupSums:
         target_sum = self._totals.median()
         self._first *= target_sum
         self._second *= target_sum**2
-        return _Sums(self._first, self._second, self._per_umi * target_sum, self._umi, self._n_cells, target_sum)
+        return _Sums(self._first, self._second, self._per_umi * target_sum, self._n_cells, target_sum)

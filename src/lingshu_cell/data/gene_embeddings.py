@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lingshu_cell.errors import LingshuError, offenders
@@ -20,6 +20,7 @@ from lingshu_cell.input_files import (
     read_npz,
     refuse_special,
 )
+from lingshu_cell.output_files import write_atomically
 
 NAME_KEYS = ("genes", "names", "gene_names", "symbols", "gene_symbols", "ids", "gene", "name", "symbol", "var_names")
 MATRIX_KEYS = ("embeddings", "embedding", "emb", "matrix", "vectors", "X")
@@ -257,11 +258,21 @@ def write_embeddings(embeddings: GeneEmbeddings, path: Path | str) -> None:
         raise LingshuError("Embeddings are written as .npz or .safetensors", f"{path.name} is neither", "Rename it")
     if not path.parent.is_dir():
         raise LingshuError("The folder of the output must exist", f"there is no {path.parent}", "Create it first")
-    if path.suffix == ".npz":
-        np.savez_compressed(path, genes=np.array(embeddings.names), embeddings=embeddings.matrix)
-    else:
-        about = {"genes": json.dumps(list(embeddings.names)), "source": embeddings.source}
-        save_file({"embeddings": embeddings.matrix}, path, metadata=about)
+
+    def save(draft: Path) -> None:
+        if path.suffix == ".npz":
+            with open(draft, "wb") as stream:
+                np.savez_compressed(stream, genes=np.array(embeddings.names), embeddings=embeddings.matrix)
+        else:
+            about = {"genes": json.dumps(list(embeddings.names)), "source": embeddings.source}
+            save_file({"embeddings": embeddings.matrix}, draft, metadata=about)
+
+    try:
+        write_atomically(path, save)
+    except (OSError, SafetensorError) as error:
+        raise LingshuError(
+            "The output must be writable", f"{path}: {error}", "Check the rights and the space on the disk"
+        ) from error
 
 
 def concatenate(blocks: Sequence[GeneEmbeddings]) -> GeneEmbeddings:

@@ -1,7 +1,7 @@
 """What training data say of a condition without looking at it: its effect in other identities, or by gene embeddings.
 
-Each prediction is a weighted sum of measured effects. Weights of other identities: √n exp(−β d), with n the number of
-cells and d the distance of control profiles; of other perturbations: a ridge regression on embeddings.
+Each prediction is a weighted sum of measured effects. Weights of other identities: kriging, that is, a Gaussian process
+of control profiles with noise by the number of cells; of other perturbations: a ridge regression on embeddings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from lingshu_cell.errors import LingshuError, offenders
 FOLDS = 5
 _RIDGE_ARRAYS = ("features", "effects", "own_effects", "out_of_fold")
 OTHERS, RIDGE, SUM, NONE = "other identities", "ridge on embeddings", "sum of parts", "none"
-_SHARPNESS = (0.0, 0.5, 1.0, 2.0, 4.0)
-_MOST_TUNED = 200
+_LENGTH = 2.0  # of the kernel exp(-d / length) over identities, d in median distances
+_NOISE_CELLS = 50.0  # cells whose noise is as large as what identities differ by
 _COUNTS_OF_A_PROFILE = 1e4
 
 
@@ -60,8 +60,6 @@ class PriorEffects:
         Label of control cells.
     separator
         What joins the parts of a combination; empty where labels are never combinations.
-    sharpness
-        β: how fast the weight of another identity falls with the distance of its control profile.
     gene_names
         Names of the genes, or none; needed to know a perturbation's own gene.
     ridge
@@ -73,7 +71,6 @@ class PriorEffects:
     measured: Effects
     control: str
     separator: str
-    sharpness: float
     gene_names: tuple[str, ...] = ()
     ridge: Ridge | None = None
     confidence: Mapping[str, float] = field(default_factory=dict)
@@ -96,21 +93,16 @@ class PriorEffects:
         """``(identity, perturbation)`` of every training condition that is not control."""
         return tuple(zip(self.measured.identities, self.measured.perturbations, strict=True))
 
-    def out_of_fold(self) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-        """Predict every training condition from the others, as a condition never measured would be.
+    def measured_effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Give the effect of every training condition, shrunk by its noise.
 
         Returns
         -------
         tuple
-            Effects, float32 [number of conditions, n_genes] in the order of ``conditions``; whether there was anything
-            to predict from, bool; and the sources.
+            float32 [number of conditions, n_genes] in the order of ``conditions``, and whether it could be measured.
         """
-        answers = [self.predict(perturbation, identity) for identity, perturbation in self.conditions]
-        return (
-            np.stack([answer.delta for answer in answers]),
-            np.array([answer.found for answer in answers]),
-            tuple(answer.source for answer in answers),
-        )
+        effects = [_combine(self.measured, np.array([c]), np.ones(1)) for c in range(len(self.conditions))]
+        return np.stack(effects), self.measured.n_cells > 0
 
     def predict(
         self,
@@ -190,7 +182,6 @@ class PriorEffects:
             "pseudocount": m.pseudocount,
             "control": self.control,
             "separator": self.separator,
-            "sharpness": self.sharpness,
             "gene_names": list(self.gene_names),
             "confidence": dict(self.confidence),
             "ridge": None,
@@ -212,7 +203,7 @@ class PriorEffects:
         if about["ridge"]:
             kept = {name: arrays[f"ridge_{name}"] for name in _RIDGE_ARRAYS}
             ridge = Ridge(**{**about["ridge"], "perturbations": tuple(about["ridge"]["perturbations"])}, **kept)
-        settings = {name: about[name] for name in ("control", "separator", "sharpness", "confidence")}
+        settings = {name: about[name] for name in ("control", "separator", "confidence")}
         return cls(measured, ridge=ridge, gene_names=tuple(about["gene_names"]), **settings)
 
     def _from_others(self, perturbation: str, owner: str, profile: np.ndarray | None) -> PriorEffect | None:
@@ -227,12 +218,13 @@ class PriorEffects:
         )
         if not len(rows):
             return None
-        weights = np.sqrt(m.n_cells[rows].astype(np.float64))
         place = {name: i for i, name in enumerate(m.profile_identities)}
-        if self.sharpness and (profile is not None or owner in place):
-            distance = self._distances[place[owner]] if profile is None else _distances_of(profile, m.profiles)
-            near = distance[[place[m.identities[c]] for c in rows]]
-            weights *= np.exp(-self.sharpness * (near - near.min()))
+        of_rows = [place[m.identities[c]] for c in rows]
+        if profile is not None:
+            near = _distances_of(profile, m.profiles)[of_rows]
+        else:
+            near = self._distances[place[owner], of_rows] if owner in place else None
+        weights = _kriging_weights(self._distances[np.ix_(of_rows, of_rows)], near, m.n_cells[rows])
         delta = _combine(m, rows, weights)
         return PriorEffect(delta, f"{OTHERS}: {len(rows)}", self.confidence.get(OTHERS, 0.0), True)
 
@@ -359,18 +351,50 @@ def prior_of_effects(
         raise LingshuError("Each gene needs a name", finding, "Pass all var_names, or none")
     if folds < 2:
         raise LingshuError("Out-of-fold predictions need 2 folds or more", f"got {folds}", "Use 5")
-    prior = PriorEffects(measured, control, separator, _tuned_sharpness(measured), tuple(map(str, gene_names)))
+    prior = PriorEffects(measured, control, separator, tuple(map(str, gene_names)))
     if embeddings is not None:
         prior = replace(prior, ridge=_fit_ridge(prior, embeddings, other_names, folds, seed))
     return replace(prior, confidence=_confidence(prior))
 
 
+def _kriging_weights(among: np.ndarray, near: np.ndarray | None, n_cells: np.ndarray) -> np.ndarray:
+    r"""Weights of measured effects in the best linear unbiased prediction of another identity's; they sum to 1.
+
+    The effects are a Gaussian process over identities with an unknown mean and the kernel exp(-d / 2), measured with
+    noise of variance 50 / n.
+
+    Parameters
+    ----------
+    among
+        Distances between the R identities that were measured, R × R.
+    near
+        Their distances from the one asked for, R; None where nothing is known of it: the mean is predicted.
+    n_cells
+        Cells behind each effect, R, above 0.
+
+    References
+    ----------
+    Cressie 1993, Statistics for Spatial Data, section 3.4.5 (universal kriging).
+    """
+    noise = np.diag(_NOISE_CELLS / n_cells.astype(np.float64))
+    inverse = np.linalg.inv(np.exp(-among / _LENGTH) + noise)
+    of_mean = inverse.sum(0) / inverse.sum()
+    if near is None:
+        return of_mean
+    weights = np.exp(-near / _LENGTH) @ inverse
+    return weights + (1 - weights.sum()) * of_mean
+
+
 def _combine(measured: Effects, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of effects, shrunk by its noise."""
-    weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    """Weighted sum of effects, shrunk by its noise."""
+    weights = np.asarray(weights, dtype=np.float64)
     delta = weights @ measured.delta[rows].astype(np.float64)
     variance = weights**2 @ measured.variance[rows].astype(np.float64)
     return shrink(delta, np.maximum(variance, 1e-8)).astype(np.float32)
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    return weights / weights.sum()
 
 
 def _log_profiles(profiles: np.ndarray) -> np.ndarray:
@@ -402,29 +426,6 @@ def _distances_of(profile: np.ndarray, profiles: np.ndarray) -> np.ndarray:
     return (1 - np.corrcoef(np.vstack([_log_profiles(profile[None]), logs])))[0, 1:] / max(float(unit), 1e-12)
 
 
-def _tuned_sharpness(m: Effects) -> float:
-    """The β of the grid that best predicts training conditions from the other identities; 0 where none can tell."""
-    rows_of: dict[str, list[int]] = {}
-    for c, perturbation in enumerate(m.perturbations):
-        if m.n_cells[c] > 0:
-            rows_of.setdefault(perturbation, []).append(c)
-    tasks = [(c, [o for o in rows if o != c]) for rows in rows_of.values() if len(rows) > 2 for c in rows]
-    if not tasks:
-        return 0.0
-    tasks = [tasks[i] for i in np.unique(np.linspace(0, len(tasks) - 1, min(len(tasks), _MOST_TUNED)).astype(int))]
-    place = {identity: i for i, identity in enumerate(m.profile_identities)}
-    distances = _distances(m.profiles)
-    errors = np.zeros(len(_SHARPNESS))
-    for c, others in tasks:
-        near = distances[place[m.identities[c]], [place[m.identities[o]] for o in others]]
-        weights = np.sqrt(m.n_cells[others].astype(np.float64)) * np.exp(-np.outer(_SHARPNESS, near - near.min()))
-        weights /= weights.sum(axis=1, keepdims=True)
-        truth = m.delta[c].astype(np.float64)
-        tolerance = m.variance[c].astype(np.float64) + (truth**2).mean()
-        errors += ((weights @ m.delta[others].astype(np.float64) - truth) ** 2 / tolerance).mean(axis=1)
-    return float(_SHARPNESS[int(np.argmin(errors))])
-
-
 def _fit_ridge(
     prior: PriorEffects,
     embeddings: GeneEmbeddings,
@@ -448,7 +449,7 @@ def _fit_ridge(
     names = [name for name, there in zip(singles, found, strict=True) if there]
     if len(names) < FEWEST_FOR_RIDGE:
         return None
-    effects = np.stack([_combine(m, np.array(rows_of[n]), np.sqrt(m.n_cells[rows_of[n]])) for n in names])
+    effects = np.stack([_combine(m, np.array(rows_of[n]), _shares(np.sqrt(m.n_cells[rows_of[n]]))) for n in names])
     own_genes = np.array([prior._position(name, other_names) for name in names], dtype=np.int64)
     return fit_ridge(names, features[found], effects, own_genes, embeddings.sha256, folds, seed)
 

@@ -1,7 +1,8 @@
 """The first pass over a file of counts: which cells are kept, and how often genes are detected in them."""
 
+import hashlib
+import io
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from scipy import sparse
 
 from lingshu_cell.data.quality import SCRUBLET_CELLS, QualityRules, counts_reads, doublets, failing, share_of_ones
 from lingshu_cell.data.sources import CountSource
-from lingshu_cell.data.store_writer import write_atomically
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import write_atomically
 
 _CELL_RULES = ("min_genes", "min_counts", "max_mito", "scrublet")
 _SNAPSHOT_SECONDS = 30.0
 _MANY_DOUBLETS = 0.2
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ def scan(
     seed
         Random state of Scrublet.
     snapshot
-        ``.npz`` file of what was seen so far; kept at the end, so that the next call needs no pass.
+        File of what was seen so far, sha256 and ``.npz``; kept at the end, so that the next call needs no pass.
     on_cells
         Called with the number of cells seen.
 
@@ -115,18 +117,21 @@ def _nothing(source: CountSource) -> dict[str, np.ndarray]:
 
 def _load(file: Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(file, allow_pickle=False) as saved:
-            return {name: saved[name] for name in saved.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        content = file.read_bytes()
+    except OSError:
         return None
+    digest, saved = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(saved).digest() != digest:
+        return None  # damaged: the pass is made again
+    with np.load(io.BytesIO(saved), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _save(file: Path, seen: dict[str, np.ndarray]) -> None:
-    def save(draft: Path) -> None:
-        with open(draft, "wb") as stream:
-            np.savez(stream, **seen)
-
-    write_atomically(file, save)
+    stream = io.BytesIO()
+    np.savez(stream, **seen)
+    saved = stream.getvalue()
+    write_atomically(file, lambda draft: draft.write_bytes(hashlib.sha256(saved).digest() + saved))
 
 
 def _blocks(source: CountSource, start: int, for_scrublet: bool) -> Iterator[tuple[int, sparse.csr_matrix]]:

@@ -1,6 +1,5 @@
 """The second half of preparing a store: scatter cells to buckets, make each a shard, sum up, write the manifest."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +10,17 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from lingshu_cell.checksums import sha256
 from lingshu_cell.data.gene_doctor import JoinedGenes
 from lingshu_cell.data.labels import constant_label, joined_labels, label_names
 from lingshu_cell.data.scan import Scan
 from lingshu_cell.data.sources import CountSource
 from lingshu_cell.data.store import DATA_SET, SPECIES
 from lingshu_cell.data.store_files import shard_file
-from lingshu_cell.data.store_writer import Buckets, write_array, write_json, write_manifest, write_shard
+from lingshu_cell.data.store_writer import Buckets, unfinished_damaged, write_array, write_manifest, write_shard
 from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import read_checked_json, write_checked_json
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
 RARE_UP_TO_CELLS = 64
@@ -96,13 +97,13 @@ class StoreBuilder:
         totals = _Totals(joint_sum([s.detected for s in self.scans], self.joined))
         for number in range(self.n_shards):
             cells = np.arange(number * self.cells_per_shard, min((number + 1) * self.cells_per_shard, self.n_cells))
-            if number < journal["n_shards"]:
-                counts = _read_shard(self.out / shard_file(number))
+            if number < len(journal["shards"]):
+                counts = self._shard_made(number, journal["shards"][number])
             else:
                 counts = self._shard(number, cells, buckets, labels, arrays)
-                journal["n_shards"] = number + 1
-                write_json(self.work / "journal.json", journal)
-                buckets.remove(number)
+                journal["shards"].append(sha256(self.out / shard_file(number)))
+                write_checked_json(self.work / "journal.json", journal)
+            buckets.remove(number)
             totals.add(counts, int(cells[0]))
         on_stage("shards")
         manifest = self._finish({**content, "notes": notes}, labels, totals)
@@ -119,11 +120,7 @@ class StoreBuilder:
     ) -> sparse.csr_matrix:
         counts, names = buckets.read(number)
         if counts.shape[0] != len(cells):
-            raise LingshuError(
-                "An unfinished store must be whole",
-                f"bucket {number} holds {counts.shape[0]} of {len(cells)} cells",
-                f"Delete {self.out} and begin anew",
-            )
+            raise unfinished_damaged(self.work, f"bucket {number} holds {counts.shape[0]} of {len(cells)} cells")
         ids = self.joined.vocabulary.ensembl_ids
         genes = pd.Index(list(self.joined.vocabulary.names))
         var = pd.DataFrame({} if ids is None else {"gene_ids": list(ids)}, index=genes)
@@ -132,12 +129,22 @@ class StoreBuilder:
         write_shard(self.out / shard_file(number), counts, obs, var, {"measured": self.joined.measured.T}, uns)
         return counts
 
+    def _shard_made(self, number: int, expected: str) -> sparse.csr_matrix:
+        """Read a shard that an earlier call made, if it is still what that call wrote."""
+        file = self.out / shard_file(number)
+        if not file.is_file() or sha256(file) != expected:
+            raise unfinished_damaged(self.work, f"{shard_file(number)} does not match its checksum")
+        return _read_shard(file)
+
     def _scatter(self, position: np.ndarray) -> tuple[Buckets, dict[str, Any]]:
         """Send each kept cell to the bucket of its place; the journal says how far that was done."""
         file = self.work / "journal.json"
-        journal: dict[str, Any] = {"source": 0, "cell": 0, "lengths": None, "n_shards": 0}
+        journal: dict[str, Any] = {"source": 0, "cell": 0, "lengths": None, "shards": []}
         if file.exists():
-            journal = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                journal = read_checked_json(file)
+            except ValueError as error:
+                raise unfinished_damaged(self.work, f"{file.name}: {error}") from None
         else:
             self._check_space()
         n_genes, n_sources = len(self.joined.vocabulary), len(self.opened)
@@ -159,11 +166,11 @@ class StoreBuilder:
                 if buckets.waiting_bytes > _FLUSH_BYTES:
                     buckets.flush()
                     journal.update(source=i, cell=stop, lengths=buckets.lengths)
-                    write_json(file, journal)
+                    write_checked_json(file, journal)
         if journal["source"] < n_sources:
             buckets.flush()
             journal.update(source=n_sources, cell=0, lengths=buckets.lengths)
-            write_json(file, journal)
+            write_checked_json(file, journal)
         return buckets, journal
 
     def _check_space(self) -> None:

@@ -8,21 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import write_elem
 from scipy import sparse
 
 from lingshu_cell.checksums import checksum, sha256
+from lingshu_cell.data.hdf5_output import writing_hdf5
 from lingshu_cell.data.store_files import FORMAT_VERSION, MANIFEST
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import flush, write_atomically, write_json
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ALIGNMENT = 64  # bytes
-_OVERHEAD = 1 << 17  # bytes of a shard beside counts and names
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,40 +52,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(file: Path, write: Any) -> None:
-    """Write a file beside, flush it to the disk, and rename it.
-
-    Parameters
-    ----------
-    file
-        The file; its folder exists.
-    write
-        Called with the path to write to.
-    """
-    draft = file.with_name(f".{file.name}.tmp")
-    try:
-        write(draft)
-        flush(draft)
-        os.replace(draft, file)
-        flush(file.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def flush(path: Path) -> None:
-    """Make sure that a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, ensure_ascii=False, indent=1)
-    write_atomically(file, lambda draft: draft.write_text(text, encoding="utf-8"))
+def unfinished_damaged(work: Path, finding: str) -> LingshuError:
+    """Say that what an interrupted call left in ``work`` is not whole."""
+    return LingshuError("An unfinished store must be whole", finding, f"Delete {work.parent} and begin anew")
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
@@ -93,7 +62,7 @@ def write_array(file: Path, array: np.ndarray) -> None:
 
     def save(draft: Path) -> None:
         with open(draft, "wb") as stream:
-            np.save(stream, array, allow_pickle=False)
+            np.lib.format.write_array(_Plain(stream), array, allow_pickle=False)
 
     write_atomically(file, save)
 
@@ -122,9 +91,7 @@ def write_shard(
     }
 
     def save(draft: Path) -> None:
-        size = sum(array.nbytes for array in arrays.values()) + 128 * sum(map(len, (obs, var))) + _OVERHEAD
-        _reserve(draft, size)  # HDF5 itself is noisy and leaves files half open when the disk is full
-        with h5py.File(draft, "w", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT) as shard:
+        with writing_hdf5(draft, alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT) as shard:
             shard.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
             group = shard.create_group("X")
             group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
@@ -141,9 +108,11 @@ def write_shard(
     write_atomically(file, save)
 
 
-def _reserve(file: Path, n_bytes: int) -> None:
-    with open(file, "wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, n_bytes)
+class _Plain:
+    """A stream that numpy does not take for a file: it would write past Python and not say why it could not."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.write = stream.write
 
 
 def write_manifest(store: Path, content: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any]:
@@ -196,8 +165,11 @@ class Buckets:
         self.waiting_bytes = 0
         for b, length in enumerate(self._lengths):
             file = self._file(b)
-            if file.exists() and file.stat().st_size != length:
-                os.truncate(file, length)
+            if not file.exists():
+                continue  # never begun, or a shard already
+            if file.stat().st_size < length:
+                raise unfinished_damaged(folder.parent, f"bucket {b} is cut off")
+            os.truncate(file, length)
 
     @property
     def lengths(self) -> list[int]:
@@ -231,6 +203,7 @@ class Buckets:
         for b in np.flatnonzero(np.diff(bounds)):
             rows = order[bounds[b] : bounds[b + 1]]
             self._append(int(b), slot[rows], counts[rows], names[rows])
+        flush(self._folder)
 
     def read(self, bucket: int) -> tuple[sparse.csr_matrix, np.ndarray]:
         """Give the cells of a bucket in the order of their slots.
@@ -276,6 +249,8 @@ class Buckets:
         with open(self._file(bucket), "ab") as stream:
             for array in (head, *body):
                 stream.write(array.tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())  # the journal that counts on it must not reach the disk before it
         self._lengths[bucket] += head.nbytes + sum(array.nbytes for array in body)
 
     def _segments(self, bucket: int) -> Iterator["_Segment"]:
@@ -299,11 +274,7 @@ class Buckets:
             per_row, columns, values = part("<i4", n_rows), part("<i4", n_values), part("<i4", n_values)
             text = part("u1", n_text).tobytes()
             if crcs[-1] != expected:
-                raise LingshuError(
-                    "An unfinished store must be whole",
-                    f"bucket {bucket} does not match its checksum",
-                    f"Delete {self._folder.parent.parent} and begin anew",
-                )
+                raise unfinished_damaged(self._folder.parent, f"bucket {bucket} does not match its checksum")
             ends = np.cumsum(lengths)
             names = np.array([text[e - n : e].decode() for e, n in zip(ends, lengths, strict=True)], dtype=object)
             yield _Segment(slot, names, per_row, columns, values)

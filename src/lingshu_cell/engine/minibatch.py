@@ -55,14 +55,12 @@ class StepDraws:
         """Uniforms that choose the contexts of some cells, float64."""
         return self.keeps_B4[rows, 3].double().cpu().numpy()
 
-    def thinned(self, conditions: Conditions, rows: slice, settings: TrainingConfig, progress: float) -> Conditions:
+    def thinned(self, conditions: Conditions, rows: slice, settings: TrainingConfig) -> Conditions:
         """Forget conditions of some cells: all of them, so that each may be left open; the identity labels, so that
-        their context alone must tell; the library size; and of every cell, at first, the perturbation.
+        their context alone must tell; and the library size.
         """
         any_B, identity_B, depth_B, _ = self.keeps_B4[rows].unbind(1)
         conditions = conditions.only(any_B >= settings.condition_dropout)
-        if progress < settings.rest_share and conditions.perturbation_BP is not None:
-            conditions = conditions.without_perturbation(torch.zeros_like(any_B, dtype=torch.bool))
         if conditions.context is not None:
             kept_B = identity_B >= settings.identity_dropout
             conditions = conditions.without_categories(kept_B | ~conditions.context.known())

@@ -86,8 +86,11 @@ def restore(
             buffer.copy_(saved[name])
         for average in averages:
             held.take(checkpoint.tensors(f"ema_{average.sigma_rel:.2f}"), average.weights)
+        best = checkpoint.manifest.get("best")
+        if best is not None:
+            best = {"step": int(best["step"]), "condition_explained": float(best["condition_explained"])}
         restore_optimiser(optimiser, held.parts, checkpoint.tensors("optimizer"), held.cut)
-    return checkpoint.manifest | {"step": checkpoint.step}
+    return checkpoint.manifest | {"step": checkpoint.step, "best": best}
 
 
 def describe(config: Config, cells: TrainingCells, conditioner: Conditioner, n_parameters: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from scipy import sparse
 from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.input_files import read_json
-from lingshu_cell.metrics.folder import package_versions, refuse_unwritable, write_folder
+from lingshu_cell.metrics.folder import holding_output, package_versions, write_folder
 
 COLUMNS = (
     "gene", "mean_control", "mean_perturbed", "log2_fold_change", "fraction_control", "fraction_perturbed", "p_value",
@@ -126,6 +126,7 @@ def differential_tables(
     return tables
 
 
+@holding_output
 def write_differential(
     cells: Path | str | ad.AnnData,
     out: Path,
@@ -178,7 +179,6 @@ def write_differential(
     """
     _pdex()
     out, keys = Path(out), [*identity_keys, perturbation_key]
-    refuse_unwritable(out)
     matrix = read_counts(cells, layer=layer, obs_keys=keys)
     other = None if controls is None else read_counts(controls, layer=controls_layer, obs_keys=keys)
     counts, labels = _gathered(matrix, other, keys, control)
@@ -204,8 +204,7 @@ def write_differential(
     if len(few):
         warnings.warn(f"Fewer than {LEAST_CELLS} cells on a side, not tested: {offenders(few)}", stacklevel=2)
     facts = _facts(matrix, origin, keys, control, controls is not None, max_cells, seed)
-    write_folder(out, tables | {INDEX_NAME: index}, {FACTS_NAME: facts})
-    (out / README_NAME).write_text(facts["readme"] + "\n", encoding="utf-8")
+    write_folder(out, tables | {INDEX_NAME: index}, {FACTS_NAME: facts}, {README_NAME: facts["readme"] + "\n"})
     return index
 
 

@@ -1,12 +1,16 @@
 """The evaluation folder: facts about software and provenance, and files that appear whole or not at all."""
 
+import contextlib
+import functools
+import inspect
 import json
 import os
 import platform
 import shutil
-import tempfile
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,10 @@ import pandas as pd
 from lingshu_cell.data.cell_folder import is_cell_folder, shard_name
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import expanded
+from lingshu_cell.output_files import flush, flush_all, locked, writable
 
+_RULE = "The output folder must be writable"
+_PARTIAL = ".partial"
 _PACKAGES = (
     "lingshu-cell", "numpy", "scipy", "pandas", "anndata", "scanpy", "scikit-learn", "scib-metrics", "jax",
     "umap-learn", "numba",
@@ -101,7 +108,29 @@ def refuse_unwritable(out: Path) -> None:
         )
 
 
-def write_folder(out: Path, tables: dict[str, pd.DataFrame], records: dict[str, dict]) -> None:
+def holding_output(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function hold the folder of its argument ``out`` while it runs: two that write one folder are refused."""
+    parameters = inspect.signature(function)
+
+    @functools.wraps(function)
+    def held(*arguments: Any, **named: Any) -> Any:
+        out = Path(parameters.bind(*arguments, **named).arguments["out"])
+        refuse_unwritable(out)
+        with contextlib.ExitStack() as stack:
+            with writable(_RULE, out, "Check the rights, or choose another folder"):
+                rule = "One folder is written by one process at a time"
+                stack.enter_context(locked(out, rule, f"{out} is in use", "Wait, or choose another folder"))
+            return function(*arguments, **named)
+
+    return held
+
+
+def write_folder(
+    out: Path,
+    tables: dict[str, pd.DataFrame],
+    records: dict[str, dict],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write tables and records beside the folder first, then move them in, so that no file is ever half written.
 
     Parameters
@@ -112,26 +141,30 @@ def write_folder(out: Path, tables: dict[str, pd.DataFrame], records: dict[str, 
         File name (``.csv`` or ``.csv.gz``) → table.
     records
         File name (``.json``) → content; moved last, in this order.
+    texts
+        File name → text.
 
     Raises
     ------
     LingshuError
         If the folder cannot be written.
     """
-    try:
+    partial = out / _PARTIAL
+    with writable(_RULE, out, "Free some space, check the rights, or choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out))
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process: whoever writes holds the folder
         try:
+            partial.mkdir()
             for name, table in tables.items():
                 table.to_csv(partial / name, index=False, float_format="%.6g")
             for name, record in records.items():
                 text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
                 (partial / name).write_text(text + "\n", encoding="utf-8")
-            for name in (*tables, *records):
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            flush_all(partial)
+            for name in (*tables, *texts, *records):
                 os.replace(partial / name, out / name)
+            flush(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise LingshuError(
-            "The output folder must be writable", f"{out}: {error.strerror or error}", "Choose another folder"
-        ) from error

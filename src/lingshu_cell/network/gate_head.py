@@ -13,14 +13,12 @@ Shapes: B cells, G genes, D trunk width, E gene width, M positions, K small valu
 V = 281.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lingshu_cell.network.average_cell import Offsets
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
-from lingshu_cell.network.perturbation import Offsets
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
 N_STATISTICS = 3
@@ -54,7 +52,7 @@ class GateHead(nn.Module):
         self.tail_statistic_JL = nn.Parameter(torch.zeros(N_STATISTICS, n_tail))
         self.tail_bias_L = nn.Parameter(torch.zeros(n_tail))
 
-    def forward(self, h_BD: Tensor, offsets: Sequence[Offsets] = ()) -> "GatedDistribution":
+    def forward(self, h_BD: Tensor, offsets: Offsets | None = None) -> "GatedDistribution":
         """Answer for every gene; heads run in fp32 whatever the trunk's precision.
 
         Parameters
@@ -62,7 +60,7 @@ class GateHead(nn.Module):
         h_BD
             State of each cell.
         offsets
-            Log folds that are added to the logits of gate and values: of a context, of a prior effect.
+            What is added to the logits of gate and values, to start at the average cells of the conditions.
         """
         with torch.autocast(h_BD.device.type, enabled=False):
             return GatedDistribution(self, h_BD.float(), offsets)
@@ -135,7 +133,7 @@ class GatedDistribution(CountDistribution):
     several threads, and a resumed run would differ in the last bit.
     """
 
-    def __init__(self, head: GateHead, h_BD: Tensor, offsets: Sequence[Offsets] = ()) -> None:
+    def __init__(self, head: GateHead, h_BD: Tensor, offsets: Offsets | None = None) -> None:
         self._head, self._h_BD, self._offsets = head, h_BD, offsets
         self._gate_BE = head.gate_query(h_BD)
 
@@ -143,8 +141,8 @@ class GatedDistribution(CountDistribution):
         """Logit of p(x_g > 0), B × G, float32."""
         with self._fp32():
             logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
-            for offset in self._offsets:
-                logits_BG = logits_BG + offset.amount_BA[:, :1] * offset.gate_RG.index_select(0, offset.place_B)
+            if self._offsets is not None:
+                logits_BG = logits_BG + self._offsets.gate_RG.index_select(0, self._offsets.place_B)
             return logits_BG
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
@@ -210,33 +208,32 @@ class GatedDistribution(CountDistribution):
             return positions.of(self.gate_logits())
         codes_ME = self._head.gene_GE[positions.gene_M]
         logits_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
-        for offset in self._offsets:
-            fold_M = offset.gate_RG[offset.place_B[positions.cell_M], positions.gene_M]
-            logits_M = logits_M + offset.amount_BA[positions.cell_M, 0] * fold_M
+        if self._offsets is not None:
+            logits_M = logits_M + self._offsets.gate_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
         return logits_M
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ.index_select(0, positions.gene_M)
-            tilt_MJ = tilt_MJ + self._offset(positions, 1)
+            tilt_MJ = tilt_MJ + self._offset(positions, 0)
             return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK.index_select(0, positions.gene_M)
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ.index_select(0, positions.gene_M)
-            tilt_MJ = tilt_MJ + self._offset(positions, 1 + N_STATISTICS)
+            tilt_MJ = tilt_MJ + self._offset(positions, N_STATISTICS)
             return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
 
     def _offset(self, positions: Positions, first: int) -> Tensor | float:
         """What log folds add to the statistics whose amounts begin at ``first``, M × J."""
-        added_MJ: Tensor | float = 0.0
-        for offset in self._offsets:
-            fold_M = offset.fold_RG[offset.place_B[positions.cell_M], positions.gene_M]
-            amount_MJ = offset.amount_BA[positions.cell_M, first : first + N_STATISTICS]
-            added_MJ = added_MJ + amount_MJ * fold_M[:, None]
-        return added_MJ
+        if self._offsets is None:
+            return 0.0
+        fold_RG = self._offsets.fold_RG
+        place_M = self._offsets.place_B.index_select(0, positions.cell_M) * fold_RG.shape[1] + positions.gene_M
+        fold_M = fold_RG.flatten().index_select(0, place_M)
+        return self._offsets.amount_A[first : first + N_STATISTICS] * fold_M[:, None]
 
     def _fp32(self) -> torch.autocast:
         """Keep out of an autocast around the caller, as the parts are computed when asked for."""

@@ -16,16 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lingshu_cell.network.average_cell import AverageCell, AverageCells, Offsets
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.network.distribution import CountDistribution, Denoiser, PartialCells, Positions
 from lingshu_cell.network.gate_head import N_STATISTICS, GateHead
 from lingshu_cell.network.layers import RowDropout, SwiGLU
-from lingshu_cell.network.perturbation import ContextReader, DepthReader, EffectReader, PerturbationReader, Response
+from lingshu_cell.network.perturbation import ContextReader, DepthReader, PerturbationReader, Response
 from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 _N_FREQUENCIES = 8
 _N_FEATURES = 4 * _N_FREQUENCIES + 4
 _MOST_LOG_WEIGHT = 10.0  # first weight of a gene's log count: half its mean, as a Poisson score has it, at most this
+
+
+Relative = tuple[AverageCells, Offsets]  # the average cells of conditions, and what they add to the head
 
 
 @dataclass(frozen=True)
@@ -117,14 +121,15 @@ class SetDenoiser(nn.Module, Denoiser):
             PerturbationReader(told.perturbations, told.embedding, width) if told.perturbations else None
         )
         self.response = Response(width) if told.perturbations else None
-        self.context = ContextReader(n_genes, gene_width, width, N_STATISTICS) if told.context else None
-        self.effect = EffectReader(n_genes, gene_width, width, N_STATISTICS) if told.effect else None
+        self.context = ContextReader(gene_width, width) if told.context else None
+        self.average_cell = AverageCell(n_genes, N_STATISTICS) if told.context or told.effect or told.depth else None
         self.depth = DepthReader(width) if told.depth else None
         self._initialise(generator)
 
     def forward(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer p(x_0 | x_t, conditions) for every gene; arguments as in :class:`TransformerDenoiser`."""
-        return self._answer(self.read(x_t_BG), Conditions.of(conditions))
+        conditions = Conditions.of(conditions)
+        return self._answer(self.read(x_t_BG), x_t_BG, conditions, self.relative_to(conditions))
 
     def start(self, x_t_BG: Tensor) -> PartialCells:
         """Begin to follow cells; see :class:`SummedCells`."""
@@ -132,8 +137,9 @@ class SetDenoiser(nn.Module, Denoiser):
 
     def answer(self, cells: PartialCells, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer for cells being followed; their evidence is read once, however many conditions are asked about."""
-        evidence = cells.evidence if isinstance(cells, SummedCells) else self.read(cells.x_t_BG)
-        return self._answer(evidence, Conditions.of(conditions))
+        if not isinstance(cells, SummedCells):
+            return self.forward(cells.x_t_BG, conditions)
+        return self._answer(cells.evidence, cells.x_t_BG, Conditions.of(conditions), cells.relative_to(conditions))
 
     def read(self, x_t_BG: Tensor) -> Evidence:
         """Sum the evidence of the visible genes, less its expectation, along the gene codes: detected or not, and log
@@ -148,22 +154,44 @@ class SetDenoiser(nn.Module, Denoiser):
         log_BE = (log_BG @ (codes_GE * self.log_weight_G[:, None])).float()
         return Evidence(detected_BE, log_BE, visible_BG.sum(1), count_BG.sum(1))
 
-    def _answer(self, evidence: Evidence, conditions: Conditions) -> CountDistribution:
+    def relative_to(self, conditions: Conditions) -> Relative | None:
+        """Give the average cells of the conditions, which all else is relative to; None without such conditions."""
+        if self.average_cell is None:
+            return None
+        log_library = None if self.depth is None else self.depth.log_library
+        with torch.autocast(self.detection_G.device.type, enabled=False):
+            average = self.average_cell(conditions, self.detection_G, self.mean_log_G, log_library)
+            return average, self.average_cell.offsets(average, self.detection_G, self.mean_log_G)
+
+    def _answer(
+        self, evidence: Evidence, x_t_BG: Tensor, conditions: Conditions, relative: Relative | None
+    ) -> CountDistribution:
         detected_BE, log_BE = evidence.detected_BE, evidence.log_BE
+        if relative is not None:
+            of_average = self._expected(x_t_BG, relative[0])
+            detected_BE, log_BE = detected_BE - of_average[0], log_BE - of_average[1]
         feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
         h_BD = h_BD + self.feature_in(feature_BF) + self._at_rest(conditions)
         for block in self.blocks:
             h_BD = block(h_BD, feature_BF)
         if self.perturbation is not None and conditions.perturbation_BP is not None:
-            h_BD = self.response(h_BD, self._push(conditions))
-        h_BD = self.norm(h_BD)
-        offsets = []
-        if self.context is not None and conditions.context is not None:
-            offsets.append(self.context.offset(conditions.context, self.mean_log_G, h_BD))
-        if self.effect is not None and conditions.effect is not None:
-            offsets.append(self.effect.offset(conditions.effect, h_BD))
-        return self.head(h_BD, offsets)
+            h_BD = self.response(h_BD, self.perturbation(conditions))
+        return self.head(self.norm(h_BD), None if relative is None else relative[1])
+
+    def _expected(self, x_t_BG: Tensor, average: AverageCells) -> tuple[Tensor, Tensor]:
+        """Evidence that the visible genes of an average cell of each condition would add up to, beyond that of all
+        training cells; twice B × E.
+        """
+        visible_BG = (x_t_BG != MASK_TOKEN).float()
+        sums = []
+        for of_average_RG, of_all_G, weight_G in (
+            (average.detected_RG, self.detection_G, self.detection_weight_G),
+            (average.log_RG, self.mean_log_G, self.log_weight_G),
+        ):
+            more_BG = visible_BG * (of_average_RG - of_all_G).index_select(0, average.place_B)
+            sums.append((more_BG @ (self.head.gene_GE * weight_G[:, None])).float())
+        return sums[0], sums[1]
 
     def _at_rest(self, conditions: Conditions) -> Tensor:
         """What the conditions say of a cell before anything is done to it: categories, context, library size; B × D."""
@@ -176,13 +204,6 @@ class SetDenoiser(nn.Module, Denoiser):
             h_BD = h_BD + self.depth(conditions.depth_B)
         return h_BD
 
-    def _push(self, conditions: Conditions) -> Tensor:
-        """What is done to a cell: perturbations and their prior effect; B × D, 0 where unknown."""
-        push_BD = self.perturbation(conditions)
-        if self.effect is not None and conditions.effect is not None:
-            push_BD = push_BD + self.effect(conditions.effect, self.head.gene_GE)
-        return push_BD
-
     @torch.no_grad()
     def start_at_frequencies(self, token_counts_GV: Tensor) -> None:
         """Start at the token frequencies of the training cells, G × 281, see :meth:`GateHead.start_at_frequencies`."""
@@ -193,9 +214,6 @@ class SetDenoiser(nn.Module, Denoiser):
         self.mean_log_G.copy_(frequency_GV @ torch.log1p(count_V))
         self.log_weight_G.copy_(torch.where(mean_G > 0.5, mean_G / 2, 0.0).clamp_max(_MOST_LOG_WEIGHT))
         self.head.start_at_frequencies(token_counts_GV)
-        for reader in (self.context, self.effect):
-            if reader is not None:
-                reader.offsets.start_at_means(mean_G.float())
 
     def _features(self, n_visible_B: Tensor, total_B: Tensor, detected_BE: Tensor, log_BE: Tensor) -> Tensor:
         """How much is visible, the library size it suggests (both as Fourier features), and how strong the evidence
@@ -224,11 +242,8 @@ class SetDenoiser(nn.Module, Denoiser):
         if self.perturbation is not None:
             self.perturbation.initialise()
             self.response.initialise()
-        for reader in (self.context, self.effect):
-            if reader is not None:
-                reader.offsets.initialise()
-        if self.effect is not None:
-            self.effect.into.weight.zero_()
+        if self.average_cell is not None:
+            self.average_cell.initialise()
 
 
 class SummedCells(PartialCells):
@@ -246,6 +261,15 @@ class SummedCells(PartialCells):
         self._detection_GE = network.head.gene_GE * network.detection_weight_G[:, None]
         self._log_GE = network.head.gene_GE * network.log_weight_G[:, None]
         self.evidence = network.read(x_t_BG)
+        self._relative: list[tuple[Conditions | Tensor, Relative | None]] = []
+
+    def relative_to(self, conditions: Conditions | Tensor) -> Relative | None:
+        """Give the average cells of conditions, which stay the same from step to step."""
+        for known, relative in self._relative:
+            if known is conditions:
+                return relative
+        self._relative.append((conditions, self._network.relative_to(Conditions.of(conditions))))
+        return self._relative[-1][1]
 
     def reveal(self, positions: Positions, token_M: Tensor) -> None:
         """Make some hidden genes visible and add their evidence."""
