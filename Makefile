@@ -68,6 +68,8 @@ bench: $(STAMP)
 	$(BENCH)/compare_parts.py encoders
 	$(BENCH)/compare_parts.py economy
 	$(BENCH)/loader.py
+	OMP_NUM_THREADS=1 $(BENCH)/store_training.py
+	OMP_NUM_THREADS=1 $(BENCH)/many_data_sets.py
 	OMP_NUM_THREADS=1 $(BENCH)/processes.py
 	OMP_NUM_THREADS=1 $(BENCH)/generate_scale.py
 	OMP_NUM_THREADS=1 $(BENCH)/scaling.py
