@@ -68,8 +68,12 @@ bench: $(STAMP)
 	$(BENCH)/compare_parts.py encoders
 	$(BENCH)/compare_parts.py economy
 	$(BENCH)/loader.py
+	OMP_NUM_THREADS=1 $(BENCH)/store_training.py
+	OMP_NUM_THREADS=1 $(BENCH)/many_data_sets.py
 	OMP_NUM_THREADS=1 $(BENCH)/processes.py
 	OMP_NUM_THREADS=1 $(BENCH)/generate_scale.py
+	OMP_NUM_THREADS=1 $(BENCH)/scaling.py
+	OMP_NUM_THREADS=1 $(BENCH)/planner.py
 	$(BENCH)/malformed.py --mutations 20
 	$(BENCH)/export_vcc2026.py --cells 20000 360000 --pool 12 1
 	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm papalexi; do \

@@ -199,6 +199,8 @@ def speed_table(records: dict[str, dict[str, Any]]) -> str:
     rows = []
     for label, key in _SPEED:
         cells = [r.get(key) for r in learnt.values()]
+        if all(cell is None for cell in cells):
+            continue
         rows.append([label, *[", ".join(c) or "nothing" if isinstance(c, list) else c for c in cells]])
     return markdown_table(["", *learnt], rows)
 

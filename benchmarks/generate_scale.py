@@ -101,8 +101,8 @@ def killed(run: Path, out: Path, n_cells: int, n_kills: int, seed: int) -> dict[
     while len(kills) < n_kills and not (out / "manifest.json").exists():
         rounds += 1
         crew = Crew(run, out, n_cells, choose.choice([1, 2, 3]))
-        had = len(list(out.glob("shards/*.json")))
-        while len(list(out.glob("shards/*.json"))) < had + choose.choice([0, 1, 3]):
+        begin = len(list(out.glob("shards/*.json"))) + choose.choice([0, 1, 2, 3])
+        while len(list(out.glob("shards/*.json"))) < begin and not (out / "manifest.json").exists():
             time.sleep(0.01)
         for one in choose.sample(crew.members, len(crew.members)):  # one after the other, while the rest goes on
             time.sleep(choose.random())

@@ -302,3 +302,16 @@ def test_the_command_fills_a_folder_with_one_process_killed(trained_run, tmp_pat
     assert out.startswith("cells: 50 cells x 150 genes in 1 shards")
     assert "process 0 of 2 ended early (SIGKILL); the others did its work" in err
     assert read_counts(tmp_path / "cells").n_cells == 50
+
+
+def test_an_export_takes_the_folder(model, tmp_path):
+    from lingshu_cell.export_vcc2026 import write_vcc2026
+
+    generate_folder(model, [WantedRow({"cell_type": "B cells"}, 40, 1)], tmp_path / "cells", shard_cells=SHARD_CELLS)
+    whole = read_counts(tmp_path / "cells")
+    labels = {"target_key": "cell_type", "context_key": "cell_type", "control": "none"}
+    rules = {"cells_per_condition": 40, "n_genes": 150, "check": False}
+    made = write_vcc2026([tmp_path / "cells"], tmp_path / "export.h5ad", list(whole.gene_names), **labels, **rules)
+    exported = ad.read_h5ad(made.path)
+    np.testing.assert_array_equal(exported.X.toarray(), whole.counts.toarray())
+    assert list(exported.obs_names) == list(whole.obs_names)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = (
     "README.md", "CHANGELOG.md", "docs/config.md", "docs/outputs.md", "docs/distributed.md", "docs/generation.md",
+    "docs/scaling.md",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 memory that does not grow with the cells.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from test_train import assert_same_run, history
 
 import lingshu_cell
 from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.checksums import checksum
 from lingshu_cell.conditioning import Conditioner, build_conditioner
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
@@ -280,6 +282,18 @@ def test_a_damaged_store_is_refused(two, tmp_path, harm, words):
     harm(store)
     with pytest.raises(LingshuError, match=words):
         train([store], tmp_path / "run", tiny_config(data={"condition_keys": []}))
+
+
+def test_a_store_that_prepare_did_not_write_is_refused(two, tmp_path):
+    """Its checksums fit, its content does not."""
+    for field, value in (("sources", None), ("rare_up_to_cells", "many")):
+        store = shutil.copytree(two, tmp_path / field)
+        manifest = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
+        manifest[field] = value
+        manifest["checksum"] = checksum(manifest)
+        (store / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(LingshuError, match="it holds what lingshu prepare does not write"):
+            stored(store, tiny_config(data={"condition_keys": []}))
 
 
 def flip(file: Path) -> None:

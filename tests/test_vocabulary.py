@@ -173,6 +173,15 @@ def test_another_species_is_refused(pbmc3k, name):
         align_genes(vocabulary_of(pbmc3k), other.gene_names, other.var, min_coverage=0)
 
 
+def test_a_model_of_several_species_takes_the_genes_of_each():
+    both = GeneVocabulary(("ACTB", "GAPDH", "OVAL"), ("ENSG00000075624", "ENSG00000111640", "ENSGALG00000036420"))
+    chicken = pd.DataFrame({"gene_ids": ["ENSGALG00000036420"]}, index=["OVAL"])
+    assert align_genes(both, ["OVAL"], chicken, min_coverage=0.0).coverage == pytest.approx(1 / 3)
+    mouse = pd.DataFrame({"gene_ids": ["ENSMUSG00000029580"]}, index=["ACTB"])
+    with pytest.raises(LingshuError, match="Genes must be those of one species"):
+        align_genes(both, ["ACTB"], mouse, min_coverage=0.0)
+
+
 def test_species_are_told_by_ids_or_by_capitals(pbmc3k):
     mouse = GeneVocabulary(("Actb", "Gapdh", "H2-K1"), ("ENSMUSG00000029580", "ENSMUSG00000057666", ""))
     with pytest.raises(LingshuError, match="ids of the model begin with ENSMUSG, most ids of the data with ENSG"):

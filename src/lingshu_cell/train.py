@@ -290,7 +290,12 @@ class _Trainer:
         n, g = settings.minibatch_size, len(self.cells.modelled)
         draws = StepDraws.of(self.step, n, g, self.law, settings.seed, self.device)
         mine = self.world.share(n)
-        x_0_BG, conditions = self._on_device(self.draw(self.step), draws.context_uniforms(mine))
+        try:
+            rows = self.draw(self.step)
+        except LingshuError as error:  # a damaged shard
+            error.process = self.world.rank  # the others only find this one gone
+            raise
+        x_0_BG, conditions = self._on_device(rows, draws.context_uniforms(mine))
         return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings), draws)
 
     def _validate(self, gradient_norm: float, seconds: float) -> None:

@@ -18,6 +18,7 @@ from lingshu_cell.data.loader import Minibatch, StoreLoader, balanced_groups, co
 from lingshu_cell.data.positions import among, others, pieces, position_dtype
 from lingshu_cell.data.split_files import read_split
 from lingshu_cell.data.store import Store, open_store
+from lingshu_cell.data.store_files import damaged
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import (
     CellRows,
@@ -172,6 +173,28 @@ def open_cells(
         If the store is damaged or not finished, a label is missing, or too few cells or genes remain.
     """
     store = open_store(path)
+    settings = condition_keys, perturbation_key, control, dose_key, control_share, split
+    try:
+        return _cells_of(store, *settings, min_cells_per_gene, validation_fraction, split_seed)
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, LingshuError):
+            raise
+        finding = f"it holds what lingshu prepare does not write ({type(error).__name__}: {error})"
+        raise damaged(store.path, finding) from None
+
+
+def _cells_of(
+    store: Store,
+    condition_keys: Sequence[str],
+    perturbation_key: str | None,
+    control: str | None,
+    dose_key: str | None,
+    control_share: float,
+    split: Path | str | None,
+    min_cells_per_gene: int,
+    validation_fraction: float,
+    split_seed: int,
+) -> StoredCells:
     keys = (*condition_keys, perturbation_key) if perturbation_key else tuple(condition_keys)
     for key in keys:
         store.categories(key)

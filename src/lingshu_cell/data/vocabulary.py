@@ -495,7 +495,7 @@ def _check_species(wanted_ids: Sequence[str | None], source_ids: Sequence[str | 
     if not all(prefixes):
         return
     (wanted, _), (source, _) = (counter.most_common(1)[0] for counter in prefixes)
-    if wanted != source:
+    if source not in prefixes[0]:  # a model of several species has ids of each
         raise LingshuError(
             "Genes must be those of one species",
             f"most ids of the model begin with {wanted}, most ids of the data with {source}",
