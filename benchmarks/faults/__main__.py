@@ -49,8 +49,11 @@ def main() -> None:
         if left := [part for part in options.parts if part not in done]:
             commands = make_commands(work, options.only)
             say(f"{len(commands)} commands, set up in {watch.seconds():.0f} s")
-            found = campaign.Campaign(Path(scratch), commands, options.seed, options.jobs, options.kills)
             KEPT.mkdir(parents=True, exist_ok=True)
+            progress = KEPT / "kills-so-far.json"
+            if not options.reuse:
+                progress.unlink(missing_ok=True)
+            found = campaign.Campaign(Path(scratch), commands, options.seed, options.jobs, options.kills, progress)
             for part in found.run(left):
                 done[part["part"]] = part
                 (KEPT / f"{part['part']}.json").write_text(json.dumps(part))

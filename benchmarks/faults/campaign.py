@@ -41,13 +41,14 @@ class Undisturbed:
 
 @dataclass
 class Campaign:
-    """The commands, and where trials take place."""
+    """The commands, and where trials take place; ``progress`` keeps kills from call to call."""
 
     scratch: Path
     commands: Sequence[Command]
     seed: int
     jobs: int
     n_kills: int
+    progress: Path | None = None
     undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
 
     def run(self, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -146,18 +147,27 @@ class Campaign:
     # --- kills ------------------------------------------------------------------------------------------------------
 
     def _kills(self) -> tuple[dict, list[str], str]:
-        rng = np.random.default_rng(self.seed)
         counts: dict[str, Counter] = defaultdict(Counter)
         problems: list[str] = []
-        total, deck = 0, iter(by_weight(self.commands, 100 * self.n_kills))
+        rounds = 0
+        if self.progress is not None and self.progress.is_file():
+            known = json.loads(self.progress.read_text(encoding="utf-8"))
+            counts |= {name: Counter(one) for name, one in known["counts"].items()}
+            problems, rounds = known["problems"], known["rounds"]
+        total = sum(sum(one.values()) for one in counts.values())
+        deck = by_weight(self.commands, 100 * self.n_kills)
         while total < self.n_kills:
-            trials = [
-                (next(deck), int(rng.integers(2**31)), i % _WHOLE_PROCESSES == 0) for i in range(_WHOLE_PROCESSES)
-            ]
+            rng = np.random.default_rng([self.seed, rounds])
+            chosen = deck[rounds * _WHOLE_PROCESSES : (rounds + 1) * _WHOLE_PROCESSES]
+            trials = [(command, int(rng.integers(2**31)), i == 0) for i, command in enumerate(chosen)]
             for name, kills, found in self._each(self._kill_trial, trials):
                 counts[name].update(kills)
                 total += sum(kills.values())
                 problems += found
+            rounds += 1
+            if self.progress is not None:
+                state = {"counts": counts, "problems": problems, "rounds": rounds}
+                self.progress.write_text(json.dumps(state), encoding="utf-8")
             say(f"{total} of {self.n_kills} kills, {len(problems)} problems")
         names = sorted({kind for one in counts.values() for kind in one})
         rows = [(name, sum(one.values()), *(one[kind] for kind in names)) for name, one in sorted(counts.items())]
