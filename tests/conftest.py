@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: a small real data set, tiny configurations, and one run trained on it."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the same sums in the same order on every machine
 
@@ -14,6 +15,10 @@ import pytest
 
 from lingshu_cell.config import Config, load_config
 from lingshu_cell.datasets import pbmc3k_path
+
+# A shell starts what it runs in the background without Ctrl-C, and the commands that are tested would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
