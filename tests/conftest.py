@@ -20,6 +20,14 @@ from lingshu_cell.datasets import pbmc3k_path
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+FORKING = ("test_faults.py", "test_prepare.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a fork of a process in which jax or torch have threads may wait for ever."""
+    items.sort(key=lambda item: item.path.name not in FORKING)
+
+
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 TINY_SET = {"gene_width": 8, "width": 16, "n_blocks": 1, "feedforward_width": 32, "dropout": 0.1}
