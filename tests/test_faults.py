@@ -17,6 +17,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import tiny_config
 
@@ -267,9 +268,17 @@ def test_the_output_may_not_be_a_device(pbmc):
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_that_write_one_folder_are_refused_and_rests_are_removed(tmp_path):
-    import pandas as pd
+def test_a_table_written_again_later_has_the_same_bytes(tmp_path, monkeypatch):
+    written = []
+    for hour in (1e9, 2e9):
+        monkeypatch.setattr("time.time", lambda hour=hour: hour)
+        write_folder(tmp_path, {"a.csv.gz": pd.DataFrame({"n": [1]})}, {})
+        written.append((tmp_path / "a.csv.gz").read_bytes())
+    assert written[0] == written[1]
+    assert pd.read_csv(tmp_path / "a.csv.gz")["n"].tolist() == [1]
 
+
+def test_two_that_write_one_folder_are_refused_and_rests_are_removed(tmp_path):
     out = tmp_path / "out"
 
     @holding_output

@@ -156,7 +156,9 @@ def write_folder(
         try:
             partial.mkdir()
             for name, table in tables.items():
-                table.to_csv(partial / name, index=False, float_format="%.6g")
+                # The same bytes at any hour.
+                compression = {"method": "gzip", "mtime": 1} if name.endswith(".gz") else None
+                table.to_csv(partial / name, index=False, float_format="%.6g", compression=compression)
             for name, record in records.items():
                 text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
                 (partial / name).write_text(text + "\n", encoding="utf-8")
