@@ -92,6 +92,9 @@ def test_new_names_stand_behind_the_known_ones_and_known_ones_are_not_doubled():
     ("labels", "rule", "finding", "remedy"),
     [
         (["A", "B"], "Control cells must be there", "no cell is labelled 'ctrl'", "Labels: 'A', 'B' (2)"),
+        (["ctrl", "A", " "], "Every cell needs a perturbation label", "some are ' '",
+         "Name what was done, or leave them out"),
+        (["ctrl", ""], "Every cell needs a perturbation label", "some are ''", None),
         (["ctrl"], "There must be perturbed cells", "every cell is labelled 'ctrl'", "Check data.control"),
         (["ctrl", "A+A"], "A combination must join different perturbations",
          "'A+A' taken apart at '+' gives 'A', 'A' (2)",

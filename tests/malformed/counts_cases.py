@@ -186,7 +186,7 @@ CHANGES: list[tuple[str, str, Change, str]] = [
      obs("cell_type", lambda n: pd.Categorical(["0"] * n, categories=[str(i) for i in range(100_000)])), ""),
     ("times as labels", ACCEPTED, obs("cell_type", lambda n: pd.Categorical(pd.date_range("2026", periods=n).astype(str))), ""),
     ("drugs with parentheses and blanks", ACCEPTED,
-     obs("perturbation", lambda n: ["control", "(−)-JQ1 (50 nM)", "α-TNF, [3H]", "a (b) + c"] * (n // 4)), ""),
+     obs("perturbation", lambda n: ["control", "(−)-JQ1 (50 nM)", "α-TNF, [3H]", "a (b + c)"] * (n // 4)), ""),
     ("drugs that end in the separator of combinations", REFUSED,
      obs("perturbation", lambda n: ["control", "(+)-JQ1", "TNF+ ", "a (b) + c"] * (n // 4)), ""),
     ("a control label that is absent", REFUSED, obs("perturbation", lambda n: ["DMSO", "GENE1"] * (n // 2)), "control"),

@@ -52,10 +52,14 @@ class PerturbationVocabulary:
         Raises
         ------
         LingshuError
-            If no cell has the control label, if all cells have it, if a perturbation stands twice in a label, or if a
-            label looks like a combination but no part of it is in any other label: it may be one name.
+            If a label is blank, no cell has the control label, all cells have it, a perturbation stands twice in a
+            label, or if a label looks like a combination but no part of it is in any other label: it may be one name.
         """
         distinct = sorted(set(labels))
+        if blank := [label for label in distinct if not label.strip()]:
+            raise LingshuError(
+                "Every cell needs a perturbation label", f"some are {blank[0]!r}", "Name what was done, or leave them out"
+            )
         if control not in distinct:
             raise LingshuError(
                 "Control cells must be there", f"no cell is labelled {control!r}", f"Labels: {offenders(distinct)}"
