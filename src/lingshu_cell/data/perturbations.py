@@ -57,9 +57,8 @@ class PerturbationVocabulary:
         """
         distinct = sorted(set(labels))
         if blank := [label for label in distinct if not label.strip()]:
-            raise LingshuError(
-                "Every cell needs a perturbation label", f"some are {blank[0]!r}", "Name what was done, or leave them out"
-            )
+            remedy = "Name what was done, or leave them out"
+            raise LingshuError("Every cell needs a perturbation label", f"some are {blank[0]!r}", remedy)
         if control not in distinct:
             raise LingshuError(
                 "Control cells must be there", f"no cell is labelled {control!r}", f"Labels: {offenders(distinct)}"
