@@ -230,3 +230,39 @@ def test_cells_get_the_depth_asked_for_even_untrained():
             spreads.append(float(log_B.std()))
             assert not amount or (log_B.median() - np.log(depth)).abs() < most_error
         assert spreads[0] < 0.8 * spreads[1], (depth, spreads)
+
+
+@torch.no_grad()
+def test_no_gene_gets_more_than_is_left_of_the_library():
+    """A cell of 60 that shows 40 already: a hidden gene has 20 or so at most; smaller counts keep their odds."""
+    one = network(mean_G=means() ** 0.3)
+    one.head.tail_bias_GJ.zero_()  # heavy tails
+    x_BG = torch.full((2, N_GENES), MASK_TOKEN)
+    x_BG[:, :4] = 10
+    asked = told(depth=60, n=2)
+    asked = replace(asked, depth_B=torch.tensor([np.log(60.0), torch.nan], dtype=torch.float32))
+    everywhere = Positions.where(x_BG == MASK_TOKEN)
+    p_BGV = one(x_BG, asked).log_probabilities(everywhere).exp().view(2, N_GENES - 4, -1)
+    count_V = torch.from_numpy(token_midpoints())
+    torch.testing.assert_close(p_BGV.sum(-1), torch.ones(2, N_GENES - 4))
+    assert p_BGV[0][:, count_V > 25].sum(-1).max() < 1e-9
+    assert p_BGV[1][:, count_V > 25].sum(-1).max() > 1e-4, "where no depth is asked for, nothing is ruled out"
+    assert (p_BGV[0][:, 1:20] > 0).all()
+
+
+def test_the_true_counts_are_never_ruled_out():
+    """Whatever is visible of real-like cells, deep ones with counts beyond 100 and 1,000 too."""
+    rng = np.random.default_rng(0)
+    midpoints = torch.from_numpy(token_midpoints()).float()
+    least = 0.95 * midpoints
+    least[-1] = 0.66 * midpoints[-1]
+    for scale in (1, 30, 3000):
+        counts = rng.negative_binomial(0.3, 0.3 / (0.3 + scale), (50, 200))
+        tokens = torch.from_numpy(encode(counts)).long()
+        depth_B = torch.from_numpy(counts.sum(1)).clamp_min(1).float().log()
+        average = AverageCells(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(50, dtype=torch.int64), depth_B)
+        visible = torch.from_numpy(rng.random(counts.shape) < rng.random((50, 1)))
+        shown_B = (midpoints[tokens] * visible).sum(1)
+        most_B = average.most(shown_B, ((tokens == N_EXPRESSION_TOKENS - 1) & visible).any(1))
+        hidden = torch.where(visible, 0.0, least[tokens])
+        assert (hidden <= most_B[:, None]).all()

@@ -40,6 +40,8 @@ class Offsets:
     left_B
         Log ratio of what hidden genes of a cell have left to show and what they would show of the average cell; None
         where no library size is asked for.
+    most_B
+        Count that no hidden gene can be above, as the cell's library has no more; infinite where that is not known.
     """
 
     gate_RG: Tensor
@@ -49,6 +51,7 @@ class Offsets:
     gate_slope_RG: Tensor | None = None
     fold_slope_RG: Tensor | None = None
     left_B: Tensor | None = None
+    most_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,19 @@ class AverageCells:
         )
         left_B = torch.log(left_B).clamp(-_MOST_LEFT, _MOST_LEFT)
         return torch.where(self.depth_B.isnan(), 0.0, left_B)
+
+    def most(self, total_B: Tensor, is_open_B: Tensor) -> Tensor:
+        """Give the count that no hidden gene of a cell can be above.
+
+        Parameters
+        ----------
+        total_B
+            Counts of the visible genes by the middles of their tokens, which are at most a twentieth above the truth.
+        is_open_B
+            Whether a visible gene has the last token, which reaches from 10,000 to no end.
+        """
+        most_B = 1.001 * torch.exp(self.depth_B.nan_to_num()) + 1 - 0.95 * total_B
+        return most_B.masked_fill(self.depth_B.isnan() | is_open_B, torch.inf)
 
 
 class AverageCell(nn.Module):

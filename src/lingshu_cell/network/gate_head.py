@@ -24,6 +24,7 @@ from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 N_STATISTICS = 3
 _TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
 _LEAST_TAIL = 1e-4  # probability of counts of K and more, given that there are any, below which means do without
+_RULED_OUT = 30.0  # nats
 _DENSE_FROM = 100  # below 1 position in 100, gathered rows cost less than one dense product
 
 
@@ -40,6 +41,10 @@ class GateHead(nn.Module):
         n_tail = N_EXPRESSION_TOKENS - n_small_values
         self.n_small_values = n_small_values
         self.register_buffer("tail_count_L", count_of_token[n_small_values:].float(), persistent=False)
+        # No count of a token is below: the last reaches from 2/3 of its middle, others from 95 % of it or more.
+        least_L = 0.95 * count_of_token[n_small_values:].float()
+        least_L[-1] = 0.66 * count_of_token[-1]
+        self.register_buffer("tail_least_L", least_L, persistent=False)
         self.gene_GE = nn.Parameter(torch.empty(n_genes, gene_width))
         self.gate_query = nn.Linear(width, gene_width)
         self.gate_bias_G = nn.Parameter(torch.zeros(n_genes))
@@ -224,14 +229,23 @@ class GatedDistribution(CountDistribution):
         with self._fp32():
             tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ.index_select(0, positions.gene_M)
             tilt_MJ = tilt_MJ + self._offset(positions, 0)
-            return tilt_MJ @ head.small_statistic_JK + head.small_bias_GK.index_select(0, positions.gene_M)
+            logits_MK = tilt_MJ @ head.small_statistic_JK + head.small_bias_GK.index_select(0, positions.gene_M)
+            return self._within(logits_MK, positions, torch.arange(1, head.n_small_values + 1, device=logits_MK.device))
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ.index_select(0, positions.gene_M)
             tilt_MJ = tilt_MJ + self._offset(positions, N_STATISTICS)
-            return tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
+            return self._within(tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L, positions, head.tail_least_L)
+
+    def _within(self, logits_MV: Tensor, positions: Positions, least_V: Tensor) -> Tensor:
+        """Rule out counts above what is left of a cell's library; the first value always remains."""
+        if self._offsets is None or self._offsets.most_B is None:
+            return logits_MV
+        beyond_MV = least_V > self._offsets.most_B.index_select(0, positions.cell_M)[:, None]
+        beyond_MV[:, 0] = False
+        return logits_MV - _RULED_OUT * beyond_MV
 
     def _offset(self, positions: Positions, first: int) -> Tensor | float:
         """What log folds add to the statistics whose amounts begin at ``first``, M × J."""

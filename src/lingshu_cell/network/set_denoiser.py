@@ -174,7 +174,8 @@ class SetDenoiser(nn.Module, Denoiser):
             detected_BE, log_BE = detected_BE - of_average[0], log_BE - of_average[1]
             if average.depth_B is not None:
                 left_B = average.left(visible_BG, evidence.total_B)
-                offsets = replace(offsets, left_B=left_B * self.average_cell.left_amount_1)
+                most_B = average.most(evidence.total_B, (x_t_BG == N_EXPRESSION_TOKENS - 1).any(1))
+                offsets = replace(offsets, left_B=left_B * self.average_cell.left_amount_1, most_B=most_B)
         feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
         h_BD = self.detection_in(self.detection_norm(detected_BE)) + self.log_in(self.log_norm(log_BE))
         h_BD = h_BD + self.feature_in(feature_BF) + self._at_rest(conditions, left_B)
