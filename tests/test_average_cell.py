@@ -12,11 +12,11 @@ from lingshu_cell.data.tokenizer import encode, token_midpoints
 from lingshu_cell.diffusion.randomness import cell_seeds, draw_cell_noise
 from lingshu_cell.diffusion.sampler import sample_cells
 from lingshu_cell.diffusion.schedule import GRIDS
-from lingshu_cell.network.average_cell import EFFECT_PSEUDOCOUNT, AverageCell, AverageCells
+from lingshu_cell.network.average_cell import AverageCell, AverageCells
 from lingshu_cell.network.conditions import Conditions, Profiles
 from lingshu_cell.network.distribution import Positions
 from lingshu_cell.network.set_denoiser import ConditionSizes, SetDenoiser
-from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
+from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT, MASK_TOKEN, N_EXPRESSION_TOKENS
 
 N_GENES, N_CELLS = 300, 5_000
 SIZES = ConditionSizes(categories=(3,), perturbations=2, context=True, effect=True, depth=True)
@@ -253,9 +253,8 @@ def test_no_gene_gets_more_than_is_left_of_the_library():
 def test_the_true_counts_are_never_ruled_out():
     """Whatever is visible of real-like cells, deep ones with counts beyond 100 and 1,000 too."""
     rng = np.random.default_rng(0)
-    midpoints = torch.from_numpy(token_midpoints()).float()
-    least = 0.95 * midpoints
-    least[-1] = 0.66 * midpoints[-1]
+    midpoints, head = torch.from_numpy(token_midpoints()).float(), network().head
+    least = torch.cat([torch.arange(float(head.n_small_values)), head.tail_least_L])
     for scale in (1, 30, 3000):
         counts = rng.negative_binomial(0.3, 0.3 / (0.3 + scale), (50, 200))
         tokens = torch.from_numpy(encode(counts)).long()

@@ -1,4 +1,6 @@
-"""The numbers every layer must agree on: how many expression tokens there are, and which token hides a gene."""
+"""The numbers every layer must agree on: how many expression tokens there are, which token hides a gene, and the
+pseudocount of effects.
+"""
 
 N_EXPRESSION_TOKENS = 281
 """0–99 exact, 100–189 in steps of 10, 190–279 in steps of 100, 280 for counts of 10,000 and more (paper, section
@@ -7,3 +9,8 @@ N_EXPRESSION_TOKENS = 281
 
 MASK_TOKEN = 281
 """[MASK]: the count of this gene is not known (hidden in training, not yet drawn in sampling, or never measured)."""
+
+EFFECT_PSEUDOCOUNT = 1e-4
+"""ε of effects, differences of log(share of all counts + ε): one count in a cell of 10,000 (docs/log.md: ½ to 2 are
+alike).
+"""

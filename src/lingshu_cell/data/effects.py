@@ -9,8 +9,8 @@ from scipy import sparse
 
 from lingshu_cell.data.condition_sums import Tally
 from lingshu_cell.errors import LingshuError, offenders
+from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT
 
-PSEUDOCOUNT = 1e-4  # share of a cell's counts: one in 10,000 (docs/log.md: ½ to 2 are alike)
 _CELLS_AT_ONCE = 8192
 _LEAST_VARIANCE = 1e-6
 _NULL_PENALTY = 10.0
@@ -58,7 +58,7 @@ def measure_effects(
     perturbations: Sequence[str],
     identities: Sequence[str] | None,
     control: str,
-    pseudocount: float = PSEUDOCOUNT,
+    pseudocount: float = EFFECT_PSEUDOCOUNT,
 ) -> Effects:
     r"""Measure Δ_g = log(m_perturbed,g + ε) − log(m_control,g + ε) of every perturbed condition.
 
@@ -107,7 +107,7 @@ def measure_effects(
 
 
 def effects_of_sums(
-    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount: float = PSEUDOCOUNT
+    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount: float = EFFECT_PSEUDOCOUNT
 ) -> Effects:
     """Measure effects as :func:`measure_effects` does, from sums over cells.
 

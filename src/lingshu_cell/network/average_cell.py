@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lingshu_cell.network.conditions import Conditions
+from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT
 
-EFFECT_PSEUDOCOUNT = 1e-4  # of effects: one count in a cell of 10,000
 _LEAST_DETECTION = 1e-4
 _MOST_FOLD = 5.0
 _MOST_COUNT = 2e4  # what the last count token reaches to
@@ -154,7 +154,7 @@ class AverageCell(nn.Module):
             detected_RG, log_RG = _scaled(detected_RG, log_RG, _ratios_of_effect(detected_RG, log_RG, delta_RG))
         if depth_B is None or log_library is None:
             return AverageCells(detected_RG, log_RG, place_B)
-        mean_RG = detected_RG * _typical(detected_RG, log_RG)
+        mean_RG = _mean(detected_RG, log_RG)
         total_R1 = mean_RG.sum(1, keepdim=True)
         total = (detection_G * _typical(detection_G.clamp_min(_LEAST_DETECTION), mean_log_G)).sum()
         usual_B = log_library + torch.log(total_R1[:, 0] / total).index_select(0, place_B)
@@ -184,9 +184,14 @@ def _typical(detected_RG: Tensor, log_RG: Tensor) -> Tensor:
     return torch.expm1(log_RG / detected_RG).clamp(1.0, _MOST_COUNT)
 
 
+def _mean(detected_RG: Tensor, log_RG: Tensor) -> Tensor:
+    """Mean count of a gene."""
+    return detected_RG * _typical(detected_RG, log_RG)
+
+
 def _ratios_of_effect(detected_RG: Tensor, log_RG: Tensor, delta_RG: Tensor) -> Tensor:
     """Ratios of means after and before effects, differences of log(share of all counts + ε); the total stays."""
-    mean_RG = detected_RG * _typical(detected_RG, log_RG)
+    mean_RG = _mean(detected_RG, log_RG)
     share_RG = mean_RG / mean_RG.sum(1, keepdim=True)
     after_RG = ((share_RG + EFFECT_PSEUDOCOUNT) * delta_RG.exp() - EFFECT_PSEUDOCOUNT).clamp_min(0.0)
     after_RG = after_RG / after_RG.sum(1, keepdim=True)
@@ -195,7 +200,7 @@ def _ratios_of_effect(detected_RG: Tensor, log_RG: Tensor, delta_RG: Tensor) -> 
 
 def _scaled(detected_RG: Tensor, log_RG: Tensor, ratio_RG: Tensor) -> tuple[Tensor, Tensor]:
     """Multiply the means of average cells; how often a gene is then detected is as of a Poisson count."""
-    mean_RG = detected_RG * _typical(detected_RG, log_RG)
+    mean_RG = _mean(detected_RG, log_RG)
     after_detected_RG = -torch.expm1(ratio_RG * torch.log1p(-detected_RG))
     after_detected_RG = after_detected_RG.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
     after_typical_RG = (mean_RG * ratio_RG / after_detected_RG).clamp(1.0, _MOST_COUNT)
