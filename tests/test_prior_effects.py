@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from lingshu_cell.data.condition_labels import canonical_name
 from lingshu_cell.data.effects import measure_effects, shrink
 from lingshu_cell.data.embedding_sources import from_gene_sets, from_network
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, concatenate
@@ -27,6 +28,13 @@ def shared(name: str) -> Path:
 
 def labels(adata: ad.AnnData, key: str) -> np.ndarray:
     return adata.obs[key].astype(str).to_numpy()
+
+
+def prior_of(counts, perturbations, identities=None, *, control, separator="+", **options) -> PriorEffects:
+    """Measure effects and learn from them; as in training, A+B is B+A, and A+control is A."""
+    spelt = [canonical_name(str(label), separator, control) for label in perturbations]
+    measured = measure_effects(counts, spelt, identities, control)
+    return prior_effects(measured, control=control, separator=separator, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def families() -> tuple[dict[str, np.ndarray], GeneEmbeddings]:
 def fitted(families) -> PriorEffects:
     effects, emb = families
     counts, perturbations, _ = screen([f"P{i}" for i in range(12)], effects)
-    return prior_effects(counts, perturbations, control="control", embeddings=emb)
+    return prior_of(counts, perturbations, control="control", embeddings=emb)
 
 
 # --- measuring and shrinking ----------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ def test_identities_without_control_are_told_and_still_predicted():
     kept = np.array([not (p == "control" and o == "z") for p, o in zip(perturbations, owners, strict=True)])
     chosen = [(p, o) for p, o, k in zip(perturbations, owners, kept, strict=True) if k]
     with pytest.warns(UserWarning, match=r"without control cells: 'z' \(1\)"):
-        prior = prior_effects(counts[kept], *map(list, zip(*chosen, strict=True)), control="control")
+        prior = prior_of(counts[kept], *map(list, zip(*chosen, strict=True)), control="control")
     delta, found = prior.measured_effects()
     assert prior.conditions == (("x", "A"), ("y", "A"), ("z", "A")) and found.tolist() == [True, True, False]
     assert not delta[2].any() and np.corrcoef(delta[0], effect)[0, 1] > 0.9
@@ -169,7 +177,7 @@ def test_held_out_cell_types_are_predicted_with_the_right_strength(kang):
     slopes, correlations = [], []
     for held in ("B cells", "CD4 T cells", "FCGR3A+ Monocytes", "NK cells"):
         kept = (types != held) | (perturbations == "control")
-        prior = prior_effects(kang.X[kept], perturbations[kept], types[kept], control="control")
+        prior = prior_of(kang.X[kept], perturbations[kept], types[kept], control="control")
         answer = prior.predict("IFNB", held)
         assert answer.source == "other identities: 7" and answer.found
         c = truth.identities.index(held)
@@ -184,7 +192,7 @@ def test_held_out_cell_types_are_predicted_with_the_right_strength(kang):
 def test_similar_identities_weigh_more(kang):
     perturbations, types = labels(kang, "perturbation"), labels(kang, "cell_type")
     kept = (types != "CD14+ Monocytes") & (types != "Megakaryocytes")
-    prior = prior_effects(kang.X[kept], perturbations[kept], types[kept], control="control")
+    prior = prior_of(kang.X[kept], perturbations[kept], types[kept], control="control")
     profile = kang.X[(types == "CD14+ Monocytes") & (perturbations == "control")].sum(axis=0)
     blind, seeing = prior.predict("IFNB"), prior.predict("IFNB", control_profile=profile)
     named = prior.predict("IFNB", "never heard of")
@@ -200,11 +208,11 @@ def test_similar_identities_weigh_more(kang):
 def test_the_condition_itself_is_never_looked_at():
     effect = {name: np.random.default_rng(i).normal(0, 0.5, N_GENES) for i, name in enumerate("AB")}
     counts, perturbations, owners = screen(["A", "B"], effect, ("x", "y", "z"), n=100)
-    before = prior_effects(counts, perturbations, owners, control="control")
+    before = prior_of(counts, perturbations, owners, control="control")
     own = np.array([(p, o) == ("A", "y") for p, o in zip(perturbations, owners, strict=True)])
     turned = counts.toarray()
     turned[own] = turned[own][:, ::-1]  # other genes, the same totals
-    after = prior_effects(sparse.csr_matrix(turned), perturbations, owners, control="control")
+    after = prior_of(sparse.csr_matrix(turned), perturbations, owners, control="control")
     same, other = ([prior.predict("A", o).delta for prior in (before, after)] for o in ("y", "x"))
     np.testing.assert_array_equal(*same)
     assert np.abs(other[0] - other[1]).max() > 0.1
@@ -243,7 +251,7 @@ def test_useless_embeddings_get_little_confidence(families, fitted):
     effects, emb = families
     counts, perturbations, _ = screen([f"P{i}" for i in range(12)], effects)
     shuffled = np.random.default_rng(5).standard_normal(emb.matrix.shape)
-    prior = prior_effects(
+    prior = prior_of(
         counts, perturbations, control="control", embeddings=GeneEmbeddings.of(emb.names, shuffled, "noise")
     )
     # Not 0: without a clue it predicts the mean effect, which all three kinds of perturbation share a little of.
@@ -254,11 +262,11 @@ def test_useless_embeddings_get_little_confidence(families, fitted):
 def test_the_ridge_never_sees_the_own_fold(families):
     effects, emb = families
     counts, perturbations, _ = screen([f"P{i}" for i in range(12)], effects)
-    before = prior_effects(counts, perturbations, control="control", embeddings=emb)
+    before = prior_of(counts, perturbations, control="control", embeddings=emb)
     own = np.array(perturbations) == "P4"
     turned = counts.toarray()
     turned[own] = turned[own][:, ::-1]
-    after = prior_effects(sparse.csr_matrix(turned), perturbations, control="control", embeddings=emb)
+    after = prior_of(sparse.csr_matrix(turned), perturbations, control="control", embeddings=emb)
     np.testing.assert_array_equal(before.predict("P4").delta, after.predict("P4").delta)
     assert np.abs(before.predict("P1").delta - after.predict("P1").delta).max() > 0.01
     weights = before.ridge.out_of_fold
@@ -272,8 +280,7 @@ def test_what_a_gene_does_to_itself_is_not_carried_over(families):
     own = {name: effect - 2 * (np.arange(N_GENES) == names.index(name)) for name, effect in effects.items()}
     counts, perturbations, _ = screen([f"P{i}" for i in range(12)], own)
     plain, aware = (
-        prior_effects(counts, perturbations, control="control", embeddings=emb, gene_names=genes)
-        for genes in ((), names)
+        prior_of(counts, perturbations, control="control", embeddings=emb, gene_names=genes) for genes in ((), names)
     )
     before, after = (prior.predict("P12", embeddings=emb).delta for prior in (plain, aware))
     assert before[12] > -1 and after[12] == pytest.approx(-2, abs=0.5)
@@ -282,7 +289,7 @@ def test_what_a_gene_does_to_itself_is_not_carried_over(families):
     truth = effects["P12"][[0, 3, 6, 9]]
     assert np.abs(after[[0, 3, 6, 9]] - truth).mean() < np.abs(before[[0, 3, 6, 9]] - truth).mean()
     with pytest.raises(LingshuError, match="2 names for 60 genes"):
-        prior_effects(counts, perturbations, control="control", gene_names=["a", "b"])
+        prior_of(counts, perturbations, control="control", gene_names=["a", "b"])
 
 
 def test_networks_and_pathways_beat_the_mean_on_a_real_screen(papalexi):
@@ -290,9 +297,7 @@ def test_networks_and_pathways_beat_the_mean_on_a_real_screen(papalexi):
     sets = read_gmt(shared("priors/genesets/msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"))
     emb = concatenate([from_network(links.first, links.second, links.sign, 64), from_gene_sets(sets, 64)])
     perturbations = labels(papalexi, "perturbation")
-    prior = prior_effects(
-        papalexi.X, perturbations, control="control", embeddings=emb, gene_names=list(papalexi.var_names)
-    )
+    prior = prior_of(papalexi.X, perturbations, control="control", embeddings=emb, gene_names=list(papalexi.var_names))
     effects = prior.ridge.effects.astype(float)
     mean = np.stack([np.delete(effects, p, axis=0).mean(axis=0) for p in range(len(effects))])
     r2_mean = 1 - ((mean - effects) ** 2).sum() / (effects**2).sum()
@@ -310,18 +315,18 @@ def test_networks_and_pathways_beat_the_mean_on_a_real_screen(papalexi):
 def test_combinations_are_sums_unless_measured_elsewhere():
     effect = {name: np.random.default_rng(i).normal(0, 0.5, N_GENES) for i, name in enumerate("AB")}
     counts, perturbations, owners = screen(["A", "B", "A+B"], effect, ("x", "y"), n=200)
-    prior = prior_effects(counts, perturbations, owners, control="control")
+    prior = prior_of(counts, perturbations, owners, control="control")
     assert prior.predict("B+A", "x").source == "other identities: 1"
     assert prior.predict("A+control", "x").source == "other identities: 1"
     one = np.array([o == "x" and p != "A+B" for p, o in zip(perturbations, owners, strict=True)])
-    alone = prior_effects(counts[one], np.array(perturbations)[one], np.array(owners)[one], control="control")
+    alone = prior_of(counts[one], np.array(perturbations)[one], np.array(owners)[one], control="control")
     answer = alone.predict("A+B", "x")
     assert answer.source == "sum of parts: A (measured), B (measured)"
     assert np.corrcoef(answer.delta, effect["A"] + effect["B"])[0, 1] > 0.9
     assert alone.predict("A+B", "z").source == "sum of parts: A (other identities: 1), B (other identities: 1)"
     missing = alone.predict("A+C", "x")
     assert not missing.found and missing.confidence == 0 and not missing.delta.any()
-    never = prior_effects(counts[one], np.array(perturbations)[one], None, control="control", separator="")
+    never = prior_of(counts[one], np.array(perturbations)[one], None, control="control", separator="")
     assert never.predict("A+B").source == "none"
 
 
@@ -340,11 +345,11 @@ def test_embeddings_that_fit_nothing_are_refused_and_few_give_no_ridge(families)
     counts, perturbations, _ = screen(["P0", "P1"], effects, n=50)
     strange = GeneEmbeddings.of(["u", "v"], np.eye(2), "strange")
     with pytest.raises(LingshuError, match=r"none of 'P0', 'P1' \(2\) is in strange \(u, v, …\)"):
-        prior_effects(counts, perturbations, control="control", embeddings=strange)
-    few = prior_effects(counts, perturbations, control="control", embeddings=emb)
+        prior_of(counts, perturbations, control="control", embeddings=strange)
+    few = prior_of(counts, perturbations, control="control", embeddings=emb)
     assert few.ridge is None and few.predict("P12", embeddings=emb).source == "none"
     with pytest.raises(LingshuError, match="2 folds or more: got 1"):
-        prior_effects(counts, perturbations, control="control", folds=1)
+        prior_of(counts, perturbations, control="control", folds=1)
 
 
 def test_a_checkpoint_brings_everything_back(families, fitted):
@@ -356,5 +361,5 @@ def test_a_checkpoint_brings_everything_back(families, fitted):
         np.testing.assert_array_equal(one.delta, other.delta)
         assert (one.source, one.confidence, one.found) == (other.source, other.confidence, other.found)
     assert all(isinstance(array, np.ndarray) and array.dtype.kind == "f" for array in arrays.values())
-    plain = PriorEffects.from_arrays(*prior_effects(*screen(["A"], {}, n=20)[:2], control="control").to_arrays())
+    plain = PriorEffects.from_arrays(*prior_of(*screen(["A"], {}, n=20)[:2], control="control").to_arrays())
     assert plain.ridge is None and plain.conditions == (("", "A"),)

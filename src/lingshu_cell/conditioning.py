@@ -20,7 +20,7 @@ from lingshu_cell.data.effects import GroupSums, effects_of_sums
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, concatenate, read_embeddings
 from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
 from lingshu_cell.data.positions import pieces
-from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects, prior_of_effects
+from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects, prior_effects
 from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.errors import LingshuError, offenders
@@ -439,7 +439,7 @@ class _EffectSums:
 
 def _with_prior_effects(conditioner: Conditioner, cells: TrainingCells, sums: _EffectSums, seed: int) -> Conditioner:
     """Keep the effects measured in training cells: what training tells of them, and what others are foretold from."""
-    prior = prior_of_effects(
+    prior = prior_effects(
         effects_of_sums(sums.sums, sums.keys, conditioner.perturbations.control),
         control=conditioner.perturbations.control,
         gene_names=[cells.vocabulary.names[g] for g in cells.modelled],

@@ -10,11 +10,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from lingshu_cell.data.condition_labels import canonical_name, components_of
 from lingshu_cell.data.effect_regression import FEWEST_FOR_RIDGE, Ridge, fit_ridge, ridge_weights
-from lingshu_cell.data.effects import Effects, measure_effects, shrink
+from lingshu_cell.data.effects import Effects, shrink
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings
 from lingshu_cell.errors import LingshuError, offenders
 
@@ -263,9 +262,7 @@ class PriorEffects:
 
 
 def prior_effects(
-    counts: sparse.csr_matrix,
-    perturbations: Sequence[str],
-    identities: Sequence[str] | None = None,
+    measured: Effects,
     *,
     control: str,
     gene_names: Sequence[str] = (),
@@ -275,16 +272,12 @@ def prior_effects(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> PriorEffects:
-    """Measure the effects in training cells, and learn how to predict effects of conditions never measured.
+    """Learn from measured effects how to predict those of conditions never measured.
 
     Parameters
     ----------
-    counts
-        UMI counts of **training** cells, shape [n_cells, n_genes]; normalised here.
-    perturbations
-        Label of every cell.
-    identities
-        Cell line, type or donor of every cell; None where there is only one.
+    measured
+        Effects in **training** cells; perturbations in their canonical spelling.
     control
         Label of control cells.
     gene_names
@@ -308,43 +301,7 @@ def prior_effects(
     Raises
     ------
     LingshuError
-        As :func:`~lingshu_cell.data.effects.measure_effects`, or if ``folds`` is below 2, or no perturbation has an
-        embedding.
-    """
-    # A+B is B+A, and A+control is A.
-    spelt = {label: canonical_name(label, separator, control) for label in {str(one) for one in perturbations}}
-    measured = measure_effects(counts, [spelt[str(label)] for label in perturbations], identities, control)
-    return prior_of_effects(
-        measured,
-        control=control,
-        gene_names=gene_names,
-        embeddings=embeddings,
-        other_names=other_names,
-        separator=separator,
-        folds=folds,
-        seed=seed,
-    )
-
-
-def prior_of_effects(
-    measured: Effects,
-    *,
-    control: str,
-    gene_names: Sequence[str] = (),
-    embeddings: GeneEmbeddings | None = None,
-    other_names: Mapping[str, Sequence[str]] | None = None,
-    separator: str = "+",
-    folds: int = FOLDS,
-    seed: int = 0,
-) -> PriorEffects:
-    """Learn from measured effects how to predict others, as :func:`prior_effects` does.
-
-    Parameters
-    ----------
-    measured
-        Effects in training cells; perturbations in their canonical spelling.
-    control, gene_names, embeddings, other_names, separator, folds, seed
-        See :func:`prior_effects`.
+        If ``folds`` is below 2, a gene has no name, or no perturbation has an embedding.
     """
     if len(gene_names) not in (0, measured.delta.shape[1]):
         finding = f"{len(gene_names)} names for {measured.delta.shape[1]} genes"
