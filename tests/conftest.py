@@ -30,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
+SCREEN_SPLIT = """
+perturbation_key = "drug"
+control = "none"
+identity_key = "line"
+allow_in_combinations = true
+[held_out]
+pairs = [{ line = "L2", drug = "P" }]
+identities = ["L3"]
+controls = "held out"
+"""
+
 TINY_SET = {"gene_width": 8, "width": 16, "n_blocks": 1, "feedforward_width": 32, "dropout": 0.1}
 TINY_TRANSFORMER = {
     "kind": "transformer", "width": 32, "n_blocks": 2, "n_heads": 2, "feedforward_width": 64, "genes_per_group": 8,

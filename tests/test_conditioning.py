@@ -7,7 +7,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
-from conftest import real_cells, tiny_config
+from conftest import SCREEN_SPLIT, real_cells, tiny_config
 
 from lingshu_cell.conditioning import (
     Conditioner,
@@ -28,16 +28,6 @@ from lingshu_cell.data.training_set import TrainingSet, assemble
 from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.errors import LingshuError
 
-SPLIT = """
-perturbation_key = "drug"
-control = "none"
-identity_key = "line"
-allow_in_combinations = true
-[held_out]
-pairs = [{ line = "L2", drug = "P" }]
-identities = ["L3"]
-controls = "held out"
-"""
 DATA = {
     "condition_keys": ["line"], "perturbation_key": "drug", "control": "none", "dose_key": "dose", "depth": True,
     "min_cells_per_gene": 3,
@@ -76,7 +66,7 @@ def built(screen, embeddings) -> tuple[TrainingSet, Conditioner]:
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("split") / "split.toml"
-    path.write_text(SPLIT, encoding="utf-8")
+    path.write_text(SCREEN_SPLIT, encoding="utf-8")
     return str(path)
 
 

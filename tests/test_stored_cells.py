@@ -13,7 +13,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
-from conftest import real_cells, tiny_config
+from conftest import SCREEN_SPLIT, real_cells, tiny_config
 from test_train import assert_same_run, history
 
 import lingshu_cell
@@ -34,22 +34,16 @@ from lingshu_cell.tokens import MASK_TOKEN
 from lingshu_cell.train import train
 from lingshu_cell.validation_conditions import ValidationConditions
 
-SPLIT = """
-perturbation_key = "drug"
-control = "none"
-identity_key = "line"
-allow_in_combinations = true
-[held_out]
-pairs = [{ line = "L2", drug = "P" }]
-identities = ["L3"]
-controls = "held out"
-[validation]
+SPLIT = (
+    SCREEN_SPLIT
+    + """[validation]
 pairs = [{ line = "L1", drug = "Q" }]
 [few_shot]
 pairs = [{ line = "L2", drug = "P", share = 0.3 }]
 [control_shares]
 validation = 0.2
 """
+)
 DATA = {
     "condition_keys": ["line"], "perturbation_key": "drug", "control": "none", "dose_key": "dose", "depth": True,
     "validation_fraction": 0.0,
