@@ -54,7 +54,7 @@ test: $(STAMP) browser
 BENCH := $(BIN)/python benchmarks
 PBMC := build/fidelity/fidelity-pbmc3k
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --timeout 0
 	PYTHON=$(PYTHON) benchmarks/peers/make_venv.sh
 	$(BENCH)/fidelity.py --data pbmc3k
 	@for data in pbmc8k marrow_cd34 dentate_gyrus_mouse; do \

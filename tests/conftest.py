@@ -3,7 +3,9 @@
 import os
 import signal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the same sums in the same order on every machine
+# Before torch: the same sums in the same order on every machine, and no pool of threads that a fork would wait for.
+# So whatever the caller says: `make test` exports the number of cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import warnings
 from pathlib import Path

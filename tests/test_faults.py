@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import tiny_config
+from forks import in_child
 
 from lingshu_cell import cli
 from lingshu_cell.checkpoint import load_checkpoint
@@ -51,23 +52,6 @@ def load(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def in_child(action: Callable[[], Any]) -> int:
-    """Run something in a fork; exit code 0, 2 for a LingshuError or OSError, else 1, or minus the signal."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            action()
-            code = 0
-        except (LingshuError, OSError) as error:
-            code = 2
-            sys.stderr.write(f"error: {error}\n")
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_at(folder: Path, at: int, action: Callable[[], Any], number: int = signal.SIGKILL) -> int:

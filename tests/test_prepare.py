@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pytest
 from conftest import SHARED_DATA, real_cells
+from forks import in_child
 
 from lingshu_cell.data import sources, store_builder, store_writer
 from lingshu_cell.data.quality import QualityRules
@@ -47,23 +47,6 @@ def small_steps(monkeypatch):
     """Many chunks and flushes, as if the files were large."""
     monkeypatch.setattr(sources, "CHUNK_CELLS", 30)
     monkeypatch.setattr(store_builder, "_FLUSH_BYTES", 4_000)
-
-
-def in_child(call: Callable[[], Any]) -> int:
-    """Run a call in a forked process; gives its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            call()
-            code = 0
-        except LingshuError as error:
-            os.write(2, f"{error}\n".encode())
-            code = 2
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
 def killing(module: Any, name: str, at: int, before: bool) -> None:
