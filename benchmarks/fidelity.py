@@ -26,7 +26,6 @@ from recording import ROOT, environment, markdown_table, run_in_child, say, show
 from scipy import sparse
 
 from lingshu_cell.config import PRESETS
-from lingshu_cell.evaluate import evaluate_files
 from lingshu_cell.metrics.genes import shuffle_genes
 
 PEER_PYTHON = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
@@ -126,7 +125,7 @@ def write_reference(model: str, folder: Path, files: tuple[Path, Path], n_cells:
 
 
 def run_model(model: str, work: Path, files: tuple[Path, Path], budget: Budget, seed: int) -> dict[str, Any]:
-    """Make the cells of one model, judge them, and keep the record in the model's folder."""
+    """Make the cells of one model, and keep the record in the model's folder."""
     folder = work / model
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -143,11 +142,26 @@ def run_model(model: str, work: Path, files: tuple[Path, Path], budget: Budget, 
         if f"{stage}_flops_per_cell" in record:
             record[f"{stage}_gflop_per_cell"] = record[f"{stage}_flops_per_cell"] / 1e9
     record["n_generated"] = ad.read_h5ad(folder / "generated.h5ad", backed="r").n_obs
+    record["real"] = real.name
+    record["made_with"] = {
+        key: value for key, value in environment().items() if key in ("cpu", "gpu", "date", "commit")
+    }
+    (folder / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def judge(model: str, work: Path, files: tuple[Path, Path], record: dict[str, Any], seed: int) -> None:
+    """Judge the cells of a model, if that is not done yet, and complete its record."""
+    if "metrics" in record:
+        return
+    from lingshu_cell.evaluate import evaluate_files
+
+    folder = work / model
+    real = folder / "real.h5ad" if record["real"] == "real.h5ad" else files[1]
     record["metrics"] = evaluate_files(
         real, folder / "generated.h5ad", folder / "evaluation", training=files[0], nelbo=record.get("nelbo"), seed=seed
     )
     (folder / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return record
 
 
 def small_to_the_same_bound(
@@ -226,6 +240,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-cells", type=int, help="use so many random cells of the data set, for trying out")
     parser.add_argument("--work", type=Path, help="folder of runs and cells; build/fidelity/NAME")
     parser.add_argument("--reuse", action="store_true", help="take models that --work already holds as they are")
+    parser.add_argument(
+        "--cells-only", action="store_true", help="end before judging, which another machine does with --reuse"
+    )
     parser.add_argument("--name", help="name of the result; fidelity-DATA")
     args = parser.parse_args()
     args.models = args.models.split(",")
@@ -270,6 +287,10 @@ def main() -> None:
             records[model] = json.loads(kept.read_text(encoding="utf-8"))
         else:
             records[model] = run_model(model, args.work, files, budget_of(model, args, n_held_out), args.seed)
+    if args.cells_only:
+        return
+    for model, record in records.items():
+        judge(model, args.work, files, record, args.seed)
     small_to_the_same_bound(records, args.work, files, budget_of("small", args, n_held_out), args.seed)
     end = f"{args.steps} steps" if args.steps else f"{args.cpu_seconds:g} CPU seconds, or what a model needs if less"
     n_train = cells.n_obs - n_held_out
@@ -280,6 +301,9 @@ def main() -> None:
         "its library size in and is over counts, ours is over tokens, which merge counts of 100 and more. Real-vs-real "
         "and shuffled are those of the first model's evaluation."
     )
+    gpus = sorted({r["made_with"]["gpu"] for r in records.values() if r.get("made_with", {}).get("gpu")})
+    if gpus:
+        about += f" Trained and generated on {' and '.join(gpus)}, where seconds are seconds of the GPU, not of a CPU."
     body = {"data": Path(args.data).name, "n_cells": cells.n_obs, "n_held_out": n_held_out, "models": records}
     write_result(args.name, about, facts, body, [metric_table(records), speed_table(records)])
 

@@ -1,7 +1,7 @@
 """One of our models from cells to cells, stage by stage, each to be called in a process of its own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class Budget:
     Attributes
     ----------
     seconds, steps
-        End of training: after so many CPU seconds of training steps if the preset does not end earlier by itself, or
-        after so many steps; one of them is None.
+        End of training: after so many CPU seconds of training steps (on a GPU: seconds) if the preset does not end
+        earlier by itself, or after so many steps; one of them is None.
     n_cells
         Cells to generate.
     nelbo_cells, nelbo_masks
@@ -59,7 +59,7 @@ def train_model(preset: str, train_file: Path, run: Path, budget: Budget, seed: 
     )
     reporter = _Reporter(preset)
     watch = Stopwatch()
-    result = train([train_file], run, config, on_progress=reporter, on_note=say, clock=time.process_time)
+    result = train([train_file], run, config, on_progress=reporter, on_note=say, clock=_clock())
     if result.interrupted:
         raise KeyboardInterrupt
     last = reporter.last
@@ -74,12 +74,18 @@ def train_model(preset: str, train_file: Path, run: Path, budget: Budget, seed: 
     }
 
 
+def _clock() -> Callable[[], float]:
+    """CPU seconds of this process, however busy the machine is; where a GPU computes, seconds."""
+    return time.monotonic if pick_device("auto").type == "cuda" else time.process_time
+
+
 def generate_cells(run: Path, out: Path, budget: Budget, seed: int) -> dict[str, Any]:
     """Generate into a file and say how fast it went; the time to load the model is not counted."""
     model = load_model(run, pick_device("auto"))
-    start = time.process_time()
+    clock = _clock()
+    start = clock()
     generate_file(model, budget.n_cells, out, seed=seed)
-    seconds = time.process_time() - start
+    seconds = clock() - start
     schedule = resolve_schedule(model)
     return {
         "generation_cpu_seconds": seconds,
@@ -162,7 +168,7 @@ class _Reporter:
         if self._watch.seconds() >= self._next:
             say(
                 f"{self._preset}: step {progress.step}, loss {progress.loss:.0f} nats per cell, "
-                f"{progress.cells_per_second:.1f} cells/CPU s, {progress.seconds_left:.0f} CPU s left"
+                f"{progress.cells_per_second:.1f} cells/s, {progress.seconds_left:.0f} s left"
             )
             self._next = self._watch.seconds() + _SECONDS_BETWEEN_LINES
 

@@ -99,7 +99,7 @@ ENCODERS = pytest.mark.parametrize(
 @HEADS
 def test_each_head_is_a_normalised_categorical_and_its_nll_agrees(make, cells):
     head = randomised(make(torch.from_numpy(cells.token_counts())))
-    x_0_BG = torch.from_numpy(cells.dense_tokens(cells.train[:4])).clone()
+    x_0_BG = torch.from_numpy(cells.rows(cells.train[:4]).tokens_BG).clone()
     x_0_BG[0, :6] = torch.tensor([99, 100, 189, 190, 279, 3])  # every width of token
     scored_BG = torch.rand(x_0_BG.shape, generator=rng(3)) < 0.15
     scored_BG[0, :6] = True
@@ -147,7 +147,7 @@ def test_grouped_gate_with_equal_hidden_vectors_is_the_products_head(cells):
     ).groups
     h_BD = torch.randn(4, 10, generator=rng(1))
     grouped = GroupedGate(head, h_BD[:, None].expand(-1, groups.n_groups, -1), groups)
-    x_0_BG = torch.from_numpy(cells.dense_tokens(cells.train[:4]))
+    x_0_BG = torch.from_numpy(cells.rows(cells.train[:4]).tokens_BG)
     everywhere = torch.ones_like(x_0_BG, dtype=torch.bool)
     torch.testing.assert_close(grouped.nll(x_0_BG, everywhere), head(h_BD).nll(x_0_BG, everywhere))
     positions = Positions.where(everywhere)
@@ -159,7 +159,7 @@ def test_each_encoder_reads_visible_genes_only_and_answers_with_normalised_proba
     network = make()
     network.start_at_frequencies(torch.from_numpy(cells.token_counts()))
     randomised(network)
-    x_0_BG = torch.from_numpy(cells.dense_tokens(cells.train[:4]))
+    x_0_BG = torch.from_numpy(cells.rows(cells.train[:4]).tokens_BG)
     hidden_BG = torch.rand(x_0_BG.shape, generator=rng(3)) < 0.5
     x_t_BG = torch.where(hidden_BG, MASK_TOKEN, x_0_BG)
     positions = Positions.where(hidden_BG)

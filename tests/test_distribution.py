@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.tokenizer import encode, token_midpoints
 from lingshu_cell.data.training_set import assemble
+from lingshu_cell.network import compression
 from lingshu_cell.network.compression import GeneGroups, GroupedSoftmax
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.network.gate_head import GateHead
@@ -68,6 +69,29 @@ def test_nll_is_the_probability_of_the_true_tokens_summed_over_the_scored_genes(
     unmeasured_BG = torch.where(scored_BG, x_0_BG, MASK_TOKEN)
     for tokens in (x_0_BG, unmeasured_BG, unmeasured_BG.short()):
         torch.testing.assert_close(distribution.nll(tokens, scored_BG), expected_B, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [7, 1 << 16])
+def test_gradients_written_by_hand_are_those_of_the_probabilities(monkeypatch, at_once):
+    monkeypatch.setattr(compression, "_POSITIONS_AT_ONCE", at_once)
+    groups, scored_BG = GeneGroups(N_GENES, 4, rng()), torch.rand(4, N_GENES, generator=rng(6)) < 0.6
+    h_BPD = torch.randn(4, groups.n_groups, 10, generator=rng(1))
+    weight_SVD = torch.randn(4, N_EXPRESSION_TOKENS, 10, generator=rng(2)) * 0.5
+    x_0_BG = torch.randint(0, N_EXPRESSION_TOKENS, (4, N_GENES), generator=rng(5))
+    upstream_B, found = torch.tensor([0.3, -1.0, 2.0, 0.0]), []
+    for by_hand in (True, False):
+        leaves = [h_BPD.clone().requires_grad_(), weight_SVD.clone().requires_grad_()]
+        if by_hand:
+            nll_B = GroupedSoftmax(*leaves, groups).nll(x_0_BG, scored_BG)
+        else:
+            place_G = groups.place_G
+            logits_BGV = torch.einsum("bgd,gvd->bgv", leaves[0][:, place_G // 4], leaves[1][place_G % 4])
+            nll_BG = -torch.log_softmax(logits_BGV, -1).gather(2, x_0_BG[..., None])[..., 0]
+            nll_B = (nll_BG * scored_BG).sum(1)
+        (nll_B * upstream_B).sum().backward()
+        found.append([nll_B.detach(), *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @BOTH
@@ -146,7 +170,7 @@ def set_denoiser(cells, start: bool = True) -> SetDenoiser:
 
 
 def test_gated_head_never_makes_all_genes_times_all_tokens_on_real_cells(cells):
-    network, x_0_BG = set_denoiser(cells), torch.from_numpy(cells.dense_tokens(np.arange(16)))
+    network, x_0_BG = set_denoiser(cells), torch.from_numpy(cells.rows(np.arange(16)).tokens_BG)
     hidden_BG = torch.full_like(x_0_BG, MASK_TOKEN)
     condition_BC = torch.zeros(16, 0, dtype=torch.int64)
     n_genes = x_0_BG.shape[1]
@@ -166,7 +190,7 @@ def test_untrained_network_gives_the_marginal_entropy_of_real_cells(cells):
     frequency_GV = counts_GV / n_cells
     entropy = -(frequency_GV[counts_GV > 0] * np.log(frequency_GV[counts_GV > 0])).sum()
     nll = {}
-    x_0_BG = torch.from_numpy(cells.dense_tokens(cells.train))
+    x_0_BG = torch.from_numpy(cells.rows(cells.train).tokens_BG)
     for start in (False, True):
         with torch.no_grad():
             distribution = set_denoiser(cells, start)(

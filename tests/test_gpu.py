@@ -33,7 +33,7 @@ PRESETS = ("small", "paper")
 
 def denoiser(preset: str, n_genes: int) -> torch.nn.Module:
     network = tiny_config(preset).network
-    return build_denoiser(network, n_genes, (3,), torch.from_numpy(token_midpoints()), seed=0)
+    return build_denoiser(network, n_genes, ConditionSizes((3,)), torch.from_numpy(token_midpoints()), seed=0)
 
 
 def half_masked(pbmc: ad.AnnData) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

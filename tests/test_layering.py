@@ -29,7 +29,7 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "network.set_denoiser network.transformer_denoiser",
     "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential "
     "metrics.inputs network.denoiser perturbation_effects response_samples",
-    "baselines conditioning data.loader data.scan evaluate export_vcc2026 response_figures "
+    "baselines conditioning data.loader data.scan engine.feeder evaluate export_vcc2026 response_figures "
     "response_libraries run_config silenced",
     "data.store_builder data.stored_cells engine.run_state evaluate_responses expected_effects response_section",
     "prepare request response_report validation_conditions",

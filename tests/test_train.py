@@ -295,7 +295,7 @@ def marginal_nll(adata: ad.AnnData, config: Config) -> float:
     overall_V = counts_GV.sum(0) + 0.01
     p_GV = counts_GV + overall_V / overall_V.sum()
     p_GV = p_GV / p_GV.sum(1, keepdims=True)
-    held_out = cells.dense_tokens(cells.validation)
+    held_out = cells.rows(cells.validation).tokens_BG
     return float(-np.log(p_GV[np.arange(held_out.shape[1]), held_out]).sum(1).mean())
 
 

@@ -35,7 +35,7 @@ def two(pbmc):
 def test_tokens_of_one_data_set_are_those_of_its_counts(pbmc):
     cells = assemble([read_counts(pbmc)], min_cells_per_gene=3)
     expected = encode(pbmc.X.toarray().astype(np.int64))[:, cells.modelled]
-    np.testing.assert_array_equal(cells.dense_tokens(np.arange(pbmc.n_obs)), expected)
+    np.testing.assert_array_equal(cells.rows(np.arange(pbmc.n_obs)).tokens_BG, expected)
     np.testing.assert_array_equal(np.sort(np.concatenate([cells.train, cells.validation])), np.arange(pbmc.n_obs))
     assert len(cells.validation) == 24
 
@@ -54,7 +54,7 @@ def test_rare_genes_are_those_below_the_threshold_in_training_cells_and_keep_the
 
 def test_token_counts_are_those_of_the_training_cells(two):
     cells: TrainingSet = two[2]
-    dense = cells.dense_tokens(cells.train)
+    dense = cells.rows(cells.train).tokens_BG
     counts_GV = cells.token_counts()
     for gene in range(0, dense.shape[1], 7):
         measured = dense[:, gene][dense[:, gene] != MASK_TOKEN]
@@ -67,7 +67,7 @@ def test_genes_a_data_set_lacks_are_masked_and_those_it_has_are_its_counts(two):
     assert len(names) == 150 + 25
     offset = 0
     for adata in (first, second):
-        dense = pd.DataFrame(cells.dense_tokens(np.arange(offset, offset + adata.n_obs)), columns=names)
+        dense = pd.DataFrame(cells.rows(np.arange(offset, offset + adata.n_obs)).tokens_BG, columns=names)
         absent = [name for name in names if name not in set(adata.var_names)]
         assert len(absent) == (25 if adata is first else 75)
         assert (dense[absent] == MASK_TOKEN).all(None)
@@ -83,7 +83,7 @@ def test_absent_genes_are_neither_scored_nor_learned_from(two):
         **TINY_SET | {"dropout": 0.0}, n_small_values=16, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     of_first = np.flatnonzero(cells.data_set == 0)
-    x_0_BG = torch.from_numpy(cells.dense_tokens(of_first))
+    x_0_BG = torch.from_numpy(cells.rows(of_first).tokens_BG)
     condition_BC = torch.from_numpy(cells.condition_NC[of_first])
     nelbo_estimate(network, x_0_BG, condition_BC, MaskLaw(0.5), torch.Generator().manual_seed(0)).sum().backward()
     learned_G = network.head.gate_bias_G.grad != 0
@@ -112,7 +112,7 @@ def test_two_real_experiments_with_different_gene_lists_fit_together():
     assert 0.3 < cells.measured.mean(1).min() < cells.measured.mean(1).max() < 1
     shared = cells.measured.all(0)
     assert shared.sum() > 2000
-    dense = cells.dense_tokens(np.arange(len(cells.data_set)))
+    dense = cells.rows(np.arange(len(cells.data_set))).tokens_BG
     np.testing.assert_array_equal(dense == MASK_TOKEN, ~cells.measured[cells.data_set])
 
 

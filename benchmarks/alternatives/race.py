@@ -187,7 +187,7 @@ class Runner:
             parameter.copy_(weights[name])
 
     def _tensors(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.cells.dense_tokens(chosen)), torch.from_numpy(self.cells.condition_NC[chosen])
+        return torch.from_numpy(self.cells.rows(chosen).tokens_BG), torch.from_numpy(self.cells.condition_NC[chosen])
 
     def _count_flops(self) -> float:
         """Matrix products of one training step per cell, the optimiser's left out; also warms up the allocator."""

@@ -33,7 +33,7 @@ from lingshu_cell.diffusion.randomness import cell_seeds, draw_cell_noise
 from lingshu_cell.diffusion.sampler import sample_cells
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.guidance_store import load_calibration
-from lingshu_cell.network.denoiser import build_denoiser
+from lingshu_cell.network.denoiser import build_denoiser, make_fast
 from lingshu_cell.network.distribution import Denoiser
 from lingshu_cell.request import Request, describe_request, resolve_request
 from lingshu_cell.silenced import Silenced, describe_silenced, read_silenced
@@ -137,13 +137,15 @@ def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | st
     network = build_denoiser(config.network, len(data["modelled"]), conditioner.sizes, midpoints, config.training.seed)
     buffers = {name: value for name, value in checkpoint.tensors("buffers").items() if name != "none"}
     network.load_state_dict(buffers | stored)
+    network = network.to(device).eval()
+    make_fast(network, config.training.precision)
     curve = load_curve(checkpoint) or load_curve(load_checkpoint(run))  # the best may be before the curve was measured
     rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
     return TrainedModel(
         checkpoint=checkpoint,
         config=config,
         weights=weights,
-        network=network.to(device).eval(),
+        network=network,
         genes=genes,
         modelled=data["modelled"].numpy(),
         conditioner=conditioner,

@@ -29,6 +29,7 @@ from lingshu_cell.diffusion.information import InformationCurve, knots, measure_
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.diffusion.noising import MaskLaw
 from lingshu_cell.ema import PowerEma
+from lingshu_cell.engine.feeder import Feeder, tokens_on
 from lingshu_cell.engine.gradients import Gradients
 from lingshu_cell.engine.minibatch import Share, StepDraws, first_rows, parts_of
 from lingshu_cell.engine.optimiser import build_optimiser, clip, learning_rate
@@ -40,7 +41,7 @@ from lingshu_cell.errors import LingshuError
 from lingshu_cell.history import History, lock_run
 from lingshu_cell.input_files import expanded
 from lingshu_cell.network.conditions import Conditions
-from lingshu_cell.network.denoiser import build_denoiser
+from lingshu_cell.network.denoiser import build_denoiser, make_fast
 from lingshu_cell.output_files import LOCK, draft_of, writable, write_text
 from lingshu_cell.silenced import SILENCED_FILE, keep_silenced
 from lingshu_cell.validation_conditions import FILE as CONDITIONS_FILE
@@ -175,10 +176,14 @@ class _Trainer:
         self.device, self.world = device, world
         self.on_note = on_note
         self.conditioner = world.agreed(lambda: build_conditioner(cells, config))
-        self.draw = world.agreed(
+        draw = world.agreed(
             lambda: cells.draws(settings.minibatch_size, settings.seed, settings.balance, world.rank, world.size)
         )
-        self.held = HeldNetwork(self._network(at_frequencies=not resume), world, settings.sharding)
+        self.feeder = Feeder(draw, ahead=device.type == "cuda")
+        network = self._network(at_frequencies=not resume)
+        if settings.sharding == "none":
+            make_fast(network, settings.precision)
+        self.held = HeldNetwork(network, world, settings.sharding)
         self.averages = [PowerEma(sigma, self.held.parts) for sigma in settings.ema_sigma_rel]
         self.optimiser = build_optimiser(self.held.parts, settings)
         self.gradients = Gradients(self.held, world, settings, self._autocast, on_note)
@@ -291,7 +296,7 @@ class _Trainer:
         draws = StepDraws.of(self.step, n, g, self.law, settings.seed, self.device)
         mine = self.world.share(n)
         try:
-            rows = self.draw(self.step)
+            rows = self.feeder.rows(self.step)
         except LingshuError as error:  # a damaged shard
             error.process = self.world.rank  # the others only find this one gone
             raise
@@ -376,7 +381,7 @@ class _Trainer:
 
     def _on_device(self, rows: CellRows, context_uniform_B: np.ndarray | None = None) -> tuple[Tensor, Conditions]:
         """Tokens and conditions of some cells; with uniforms as in training: random contexts, and library sizes."""
-        x_0_BG = torch.from_numpy(rows.tokens_BG).to(self.device)
+        x_0_BG = tokens_on(rows, self.device)
         in_training = context_uniform_B is not None
         conditions = self.conditioner.conditions(
             rows.condition_BC,

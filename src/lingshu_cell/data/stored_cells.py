@@ -33,7 +33,6 @@ from lingshu_cell.data.training_set import (
 )
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
 from lingshu_cell.errors import LingshuError, offenders
-from lingshu_cell.tokens import MASK_TOKEN
 
 Cells = np.ndarray | range
 
@@ -122,10 +121,8 @@ class StoredCells(TrainingCells):
         return draw
 
     def _as_rows(self, tokens: sparse.csr_matrix, cells: np.ndarray, library: np.ndarray | None) -> CellRows:
-        dense = tokens.toarray()
-        if not self.measured.all():
-            dense[~self.measured[self.store.data_set[cells]]] = MASK_TOKEN
-        return CellRows(dense, self.condition_rows(cells), self.doses(cells), library)
+        unmeasured_BG = None if self.measured.all() else ~self.measured[self.store.data_set[cells]]
+        return CellRows(tokens, unmeasured_BG, self.condition_rows(cells), self.doses(cells), library)
 
     @cached_property
     def _column_of(self) -> np.ndarray:

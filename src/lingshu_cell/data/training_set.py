@@ -53,8 +53,10 @@ class CellRows:
 
     Attributes
     ----------
-    tokens_BG
-        Expression tokens of the modelled genes, int16; ``MASK_TOKEN`` where a gene was not measured.
+    tokens
+        Expression tokens of the modelled genes, CSR int16, B × G, zeros not stored.
+    unmeasured_BG
+        Boolean: genes that a cell's data set did not measure; ``None`` where all did all.
     condition_BC
         Index of each cell's condition in each field, int64, 0 = unknown.
     dose_B
@@ -63,10 +65,19 @@ class CellRows:
         Modelled UMI, int64; ``None`` where nobody needs them.
     """
 
-    tokens_BG: np.ndarray
+    tokens: sparse.csr_matrix
+    unmeasured_BG: np.ndarray | None
     condition_BC: np.ndarray
     dose_B: np.ndarray | None
     library_B: np.ndarray | None
+
+    @property
+    def tokens_BG(self) -> np.ndarray:
+        """All tokens, int16; ``MASK_TOKEN`` where a gene was not measured."""
+        dense_BG = self.tokens.toarray()
+        if self.unmeasured_BG is not None:
+            dense_BG[self.unmeasured_BG] = MASK_TOKEN
+        return dense_BG
 
 
 class TrainingCells(ABC):
@@ -207,13 +218,6 @@ class TrainingSet(TrainingCells):
     fingerprints: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def dense_tokens(self, cells: np.ndarray) -> np.ndarray:
-        """Tokens of some cells, int16, shape [len(cells), G]; ``MASK_TOKEN`` where a gene was not measured."""
-        dense = self.tokens[cells].toarray()
-        if not self.measured.all():
-            dense[~self.measured[self.data_set[cells]]] = MASK_TOKEN
-        return dense
-
     @property
     def seen(self) -> np.ndarray:
         """Positions of training cells and of all control cells of the training part."""
@@ -221,7 +225,9 @@ class TrainingSet(TrainingCells):
 
     def rows(self, cells: np.ndarray) -> CellRows:
         """Give some cells, with library sizes."""
-        return CellRows(self.dense_tokens(cells), self.condition_NC[cells], self.doses(cells), self.library[cells])
+        unmeasured_BG = None if self.measured.all() else ~self.measured[self.data_set[cells]]
+        labels = self.condition_NC[cells], self.doses(cells), self.library[cells]
+        return CellRows(self.tokens[cells], unmeasured_BG, *labels)
 
     def condition_rows(self, cells: np.ndarray) -> np.ndarray:
         """Give the condition indices of some cells."""

@@ -87,9 +87,9 @@ def hide_by_place(x_0_BG: Tensor, visible_B: Tensor, tile_seed: Callable[[int], 
     n, n_genes = x_0_BG.shape
     tiles = range(first // TILE_CELLS, -(-(first + n) // TILE_CELLS))
     uniform_BG = torch.empty(len(tiles) * TILE_CELLS, n_genes, device=x_0_BG.device)
+    generator = torch.Generator(x_0_BG.device)
     for tile, rows_BG in zip(tiles, uniform_BG.split(TILE_CELLS), strict=True):
-        generator = torch.Generator(x_0_BG.device).manual_seed(tile_seed(tile))
-        torch.rand(rows_BG.shape, generator=generator, out=rows_BG)
+        torch.rand(rows_BG.shape, generator=generator.manual_seed(tile_seed(tile)), out=rows_BG)
     offset = first - tiles[0] * TILE_CELLS if n else 0
     return torch.where(uniform_BG[offset : offset + n] < visible_B[:, None], x_0_BG, MASK_TOKEN)
 

@@ -40,3 +40,24 @@ def build_denoiser(
     if isinstance(config, TransformerConfig):
         return TransformerDenoiser(n_genes, condition_sizes.categories, **sizes, generator=generator)
     return SetDenoiser(n_genes, condition_sizes, count_of_token, **sizes, generator=generator)
+
+
+def make_fast(network: nn.Module, precision: str) -> None:
+    """Prepare a denoiser on a GPU for many calls; on a CPU nothing is done.
+
+    The blocks of a transformer are compiled, one program for all of them: their elementwise work takes as long as
+    their products otherwise. With ``bf16``, products that stay in fp32 (heads) may round their factors to TF32, from
+    24 to 11 bits; sums stay in fp32.
+
+    Parameters
+    ----------
+    network
+        A denoiser, already on its device.
+    precision
+        ``"fp32"`` or ``"bf16"``, as in the configuration.
+    """
+    if next(network.parameters()).device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
+    if isinstance(network, TransformerDenoiser):
+        network.compile_blocks()

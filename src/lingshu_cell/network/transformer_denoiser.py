@@ -79,6 +79,11 @@ class TransformerDenoiser(nn.Module, Denoiser):
         # Back to genes: norm, D → S·D, inverse permutation, shared head.
         return self.decompressor(self.norm(h_BPD[:, condition_BC.shape[1] :]), self.groups)
 
+    def compile_blocks(self) -> None:
+        """Fuse the elementwise work of the blocks, in one program that all share; the first call takes seconds."""
+        for block in self.blocks:
+            block.compile()
+
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
         for name, parameter in self.named_parameters():
