@@ -119,7 +119,7 @@ def kills(folder: Path, n_kills: int, seed: int) -> dict[str, Any]:
     while True:
         size = choose.choice([1, 2, 3])
         resume = any(run.glob("checkpoint-*"))
-        command = [sys.executable, "-m", "lingshu_cell.cli", "train", str(pbmc3k_path()), "--out", str(run)]
+        command = [sys.executable, "-m", "lingshu_cell", "train", str(pbmc3k_path()), "--out", str(run)]
         command += ["--config", str(file), "--processes", str(size), *(["--resume"] if resume else [])]
         process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
         sizes.append(size)

@@ -274,7 +274,7 @@ def make_embeddings(screen: Screen) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     sources = ["--from-gene-sets", priors / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"]
     sources += ["--from-network", priors / "networks" / "string_interactome_human_symbols.tsv.gz"]
-    command = [sys.executable, "-m", "lingshu_cell.cli", "embeddings", *map(str, sources)]
+    command = [sys.executable, "-m", "lingshu_cell", "embeddings", *map(str, sources)]
     subprocess.run([*command, "--out", str(file)], check=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lingshu_cell.checkpoint import load_checkpoint, save_checkpoint
+from lingshu_cell.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
 from lingshu_cell.errors import LingshuError
 
 MANIFEST = {"genes": {"names": ["GAPDH", "ACTB"]}, "licence": "test", "number": 0.1, "nothing": None, "text": "µ – ü"}
@@ -131,10 +131,11 @@ def test_an_edited_manifest_is_refused(saved):
         load_checkpoint(saved)
 
 
-def test_a_newer_format_is_refused_with_the_way_out(saved):
-    resign(saved, lambda manifest: manifest.update(format_version=2))
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_another_format_is_refused_with_the_way_out(saved, version):
+    resign(saved, lambda manifest: manifest.update(format_version=version))
     with pytest.raises(
-        LingshuError, match=r"format version 1: .* has 2\. Install the version of lingshu-cell that wrote it"
+        LingshuError, match=rf"format version {FORMAT_VERSION}: .* has {version}\. Install the version of lingshu-cell"
     ):
         load_checkpoint(saved)
 

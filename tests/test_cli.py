@@ -33,7 +33,7 @@ def quick(steps: int) -> list[str]:
 
 
 def lingshu(*words: object, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lingshu_cell.cli", *map(str, words)]
+    command = [sys.executable, "-m", "lingshu_cell", *map(str, words)]
     environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from forks import in_child
 
 from lingshu_cell import cli
 from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.data import hdf5_output
 from lingshu_cell.data.anndata_io import H5adWriter, write_adata
 from lingshu_cell.data.store import open_store
 from lingshu_cell.data.store_files import WORK
 from lingshu_cell.data.store_writer import write_array, write_shard
+from lingshu_cell.datasets import pbmc3k_path
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.metrics.folder import holding_output, write_folder
 from lingshu_cell.output_files import (
@@ -239,7 +242,7 @@ def test_an_array_on_a_full_disk_says_why(tmp_path, capfd):
 def test_a_full_stdout_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "lingshu_cell.cli", "config"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "lingshu_cell", "config"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: Files must be")
 
@@ -405,3 +408,49 @@ def test_sigterm_removes_what_is_unfinished(tmp_path, monkeypatch, capfd):
         signal.signal(signal.SIGTERM, handler)
     assert ended.value.code == 143 and capfd.readouterr().err.strip() == "stopped by SIGTERM"
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_hdf5_writes_waits_for_it(pbmc, tmp_path, capfd, monkeypatch, number):
+    """Raised in the file that HDF5 writes through, an exception would end in a segmentation fault."""
+
+    def stopped() -> None:
+        def write(sink: Any, data: Any) -> int:
+            events.append("write")
+            if len(events) == 2:
+                os.kill(os.getpid(), number)
+            return real_write(sink, data)
+
+        signal.signal(signal.SIGTERM, cli._terminate)
+        events, real_write = [], hdf5_output._Sink.write
+        monkeypatch.setattr(hdf5_output._Sink, "write", write)
+        try:
+            write_adata(tmp_path / "a.h5ad", pbmc)
+        except (KeyboardInterrupt, cli._Terminated):
+            os._exit(17 if len(events) > 3 else 18)  # it went on writing until the block was done
+
+    assert in_child(stopped) == 17 and not capfd.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_is_one_line_from_the_first_moment_on(tmp_path):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as a launcher starts them
+    try:
+        for seconds in (0.01, 0.1, 0.2, 0.3, 0.5, 0.8):
+            command = [
+                sys.executable,
+                "-m",
+                "lingshu_cell",
+                "train",
+                str(pbmc3k_path()),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            time.sleep(seconds)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=120)
+            assert (process.returncode, said.splitlines()[-1]) == (130, "stopped by Ctrl-C"), said
+            assert "Traceback" not in said
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

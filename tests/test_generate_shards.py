@@ -288,7 +288,7 @@ def test_the_command_fills_a_folder_with_one_process_killed(trained_run, tmp_pat
     table(tmp_path, "cell_type,n\nB cells,20\nNK cells,30\n")
     words = ["generate", str(trained_run), "--requests", "wanted.csv", "--out", "cells", "--processes", "2"]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "lingshu_cell.cli", *words]
+    command = [sys.executable, "-m", "lingshu_cell", *words]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -10,25 +10,25 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums claims commands data data.condition_sums data.effect_regression data.hdf5_output "
-    "data.positions datasets diffusion diffusion.randomness ema engine errors figures judgement metrics "
-    "metrics.cell_types metrics.clock metrics.correlation metrics.depth metrics.doublets "
-    "metrics.embedding metrics.genes metrics.memorisation metrics.responses metrics.two_sample network "
-    "network.conditions network.layers network.rates tokens",
-    "arguments data.condition_labels data.containers data.counts data.effects data.labels data.quality "
-    "data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping "
+    "checksums claims commands data data.condition_sums data.effect_regression data.positions datasets diffusion "
+    "diffusion.randomness ema engine errors figures interruption judgement metrics metrics.cell_types "
+    "metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
+    "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.layers "
+    "network.rates tokens",
+    "arguments data.condition_labels data.containers data.counts data.effects data.hdf5_output data.labels "
+    "data.quality data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping "
     "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.average_cell "
     "network.distribution network.perturbation output_files response_judgement",
     "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.gene_embeddings "
-    "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information "
-    "diffusion.loss diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store "
-    "history network.compression network.gate_head pages wanted_cells",
+    "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
+    "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store history "
+    "network.compression network.gate_head pages wanted_cells",
     "commands.options curve_store data.anndata_io data.de_tables data.embedding_sources data.gene_doctor "
     "data.prior_effects data.shards data.split_files data.store_writer diffusion.guidance diffusion.plan "
-    "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder "
-    "network.set_denoiser network.transformer_denoiser",
-    "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential "
-    "metrics.inputs network.denoiser perturbation_effects response_samples",
+    "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder network.set_denoiser "
+    "network.transformer_denoiser",
+    "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential metrics.inputs "
+    "network.denoiser perturbation_effects response_samples",
     "baselines conditioning data.loader data.scan engine.feeder evaluate export_vcc2026 response_figures "
     "response_libraries run_config silenced",
     "data.store_builder data.stored_cells engine.run_state evaluate_responses expected_effects response_section",
@@ -41,6 +41,7 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "",  # the package itself, lingshu_cell/__init__.py
     "commands.evaluate commands.info",
     "cli",
+    "__main__",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()} | {"": ROWS.index("")}
 PURE = ("diffusion", "network")

@@ -174,7 +174,7 @@ def test_memory_that_the_kernel_refuses_halves_the_microbatch(tmp_path):
 def start(run: Path, *more: str, n: int = 2) -> subprocess.Popen:
     """Start ``lingshu train --processes``, to be killed."""
     settings = ("gene_width=8", "width=16", "n_blocks=1", "feedforward_width=32")
-    command = [sys.executable, "-m", "lingshu_cell.cli", "train", str(run.parent / "cells.h5ad"), "--out", str(run)]
+    command = [sys.executable, "-m", "lingshu_cell", "train", str(run.parent / "cells.h5ad"), "--out", str(run)]
     command += ["--processes", str(n), *more]
     for setting in (*(f"network.{s}" for s in settings), "training.minibatch_size=32", "training.device=cpu",
                     "training.checkpoint_every=20", "training.validate_every=20", "training.steps=100000"):  # fmt: skip

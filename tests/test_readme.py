@@ -51,7 +51,7 @@ def test_tree_is_that_of_the_disk():
 @cache
 def help_of(command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "lingshu_cell.cli", command, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "lingshu_cell", command, "--help"], capture_output=True, text=True, check=True
     )
     return done.stdout
 

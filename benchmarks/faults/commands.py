@@ -1,5 +1,6 @@
 """The commands that write, on small real data: how each is given, given again, and what must have come of it."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -14,10 +15,11 @@ import numpy as np
 from data_sets import SHARED
 from forks import fork
 
-from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.checkpoint import BEST_FILE, load_checkpoint
 from lingshu_cell.data.store import open_store
 from lingshu_cell.datasets import pbmc3k_path
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.output_files import read_checked_json
 
 TRAINING = (
     "network.gene_width=8", "network.width=16", "network.n_blocks=1", "network.feedforward_width=32",
@@ -236,15 +238,16 @@ def _in_checkpoint(file: Path, run: Path) -> bool:
 
 
 def _lasting(file: Path) -> bytes:
-    """What a file says without wall times."""
-    if file.name == "history.csv":
-        with open(file, newline="", encoding="utf-8") as stream:
-            rows = [{**row, "seconds": None} for row in csv.DictReader(stream)]
-        return json.dumps(rows).encode()
-    if file.name in ("facts.json", "responses.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        content.pop("seconds", None)
-        return json.dumps(content).encode()
+    """What a file says without wall times; all of it where it is damaged."""
+    with contextlib.suppress(ValueError, csv.Error):
+        if file.name == "history.csv":
+            with open(file, newline="", encoding="utf-8") as stream:
+                rows = [{**row, "seconds": None} for row in csv.DictReader(stream)]
+            return json.dumps(rows).encode()
+        if file.name in ("facts.json", "responses.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content.pop("seconds", None)
+            return json.dumps(content).encode()
     if file.name == "report.html":
         return b"".join(line for line in file.read_bytes().splitlines() if b"202" not in line)  # dates
     return file.read_bytes()
@@ -272,7 +275,12 @@ def half_written(folder: Path, wanted: dict[str, str], before: Iterable[str]) ->
         if any(part.startswith(".") or part.endswith(".tmp") for part in parts) or name.endswith(_GROWING):
             continue  # a draft, or a log that grows
         in_run = any(part.startswith("checkpoint-") for part in parts)
-        if not in_run and name in wanted and digest not in (wanted[name], *known):
+        if (
+            not in_run
+            and name in wanted
+            and digest not in (wanted[name], *known)
+            and not _says_it_is_whole(folder / name)
+        ):
             problems.append(f"half-written {name}")
     for checkpoint in folder.rglob("checkpoint-*"):
         try:
@@ -287,6 +295,17 @@ def half_written(folder: Path, wanted: dict[str, str], before: Iterable[str]) ->
         except LingshuError as error:
             problems.append(f"store: {error}")
     return problems
+
+
+def _says_it_is_whole(file: Path) -> bool:
+    """Whether a file that is written again and again, ``best.json`` of a run, matches the checksum in it."""
+    if file.name != BEST_FILE:
+        return False
+    try:
+        read_checked_json(file)
+    except ValueError:
+        return False
+    return True
 
 
 def by_weight(commands: Sequence[Command], n: int) -> list[Command]:

@@ -104,7 +104,7 @@ def full_stdout(folder: Path) -> tuple[str, list[str]]:
     environment = dict(os.environ)
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "lingshu_cell.cli", "config"], stdout=full, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "lingshu_cell", "config"], stdout=full, stderr=subprocess.PIPE, text=True,
             cwd=folder, env=environment,
         )  # fmt: skip
     wrong = Ended(done.returncode, "", done.stderr, 0.0).refused_well()

@@ -239,7 +239,7 @@ def whole_process(
         environment["LINGSHU_FAULT"] = f"{folder}:{disturbance.at}:{disturbance.number}"
     begun = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "lingshu_cell.cli", *map(str, words)],
+        [sys.executable, "-m", "lingshu_cell", *map(str, words)],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -39,10 +39,9 @@ from lingshu_cell.commands import (
     split,
     train,
 )
-from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED
 from lingshu_cell.console import give, say, send_messages_to_stderr
-from lingshu_cell.errors import EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError, one_line
-from lingshu_cell.launch import is_first
+from lingshu_cell.errors import EXIT_CODE_INTERRUPTED, EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError, one_line
+from lingshu_cell.launch import is_first, remember
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
 
@@ -121,6 +120,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; what goes wrong is one line on stderr."""
     send_messages_to_stderr()
+    remember(arguments)
     handler: Any = None
     with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
         handler = signal.signal(signal.SIGTERM, _terminate)
@@ -179,7 +179,3 @@ def _one_line(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, OSError):
         return f"error: Files must be readable and the disk must have space: {text}.", EXIT_CODE_USER_ERROR
     return None, EXIT_CODE_TROUBLE
-
-
-if __name__ == "__main__":
-    main()

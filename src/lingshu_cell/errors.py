@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 EXIT_CODE_USER_ERROR = 2
 EXIT_CODE_TROUBLE = 1
+EXIT_CODE_INTERRUPTED = 130  # as shells say of what Ctrl-C ended
 _MOST_OFFENDERS = 5
 _LONGEST_NAME = 80
 _LONGEST_PART = 900

@@ -23,6 +23,20 @@ _ENDING_SECONDS, _GRACE_SECONDS = 5.0, 30.0  # after one ended badly: until the 
 _POLL_SECONDS = 0.05
 
 
+_told: list[str] | None = None
+
+
+def remember(arguments: Sequence[str] | None) -> None:
+    """Keep the arguments of the command line that runs, where they are not those of the process."""
+    global _told
+    _told = None if arguments is None else list(arguments)
+
+
+def command_line() -> list[str]:
+    """Give the arguments of the command line that runs, for the processes that it is divided among."""
+    return sys.argv[1:] if _told is None else list(_told)
+
+
 def is_launched() -> bool:
     """Whether this process is one of several already, started by :func:`launch` or by torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -146,9 +160,13 @@ class _Running:
         """Start them."""
         for rank in range(n_processes):
             environment = _environment(rank, n_processes, self.port)
-            command = [sys.executable, "-m", "lingshu_cell.cli", *arguments]
-            # a session of their own: Ctrl-C at the terminal reaches them once, through this process
-            self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            command = [sys.executable, "-m", "lingshu_cell", *arguments]
+            # Ctrl-C waits until they can hear it: Python itself, as it starts, would answer with a traceback
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:  # a session of their own: Ctrl-C at the terminal reaches them once, through this process
+                self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def ask(self, number: int, frame: object) -> None:
         """Pass a signal on; the second time, kill."""

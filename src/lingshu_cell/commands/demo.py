@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED, Json, Settings
+from lingshu_cell.commands.options import Json, Settings
 from lingshu_cell.console import give, give_json, give_metrics, say, training_bar
+from lingshu_cell.errors import EXIT_CODE_INTERRUPTED
 
 EXAMPLES = (
     "lingshu demo",

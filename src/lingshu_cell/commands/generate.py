@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from lingshu_cell.commands.options import Device, DryRun, Json, MaxKl, RunFolder
 from lingshu_cell.config import GenerationConfig
 from lingshu_cell.console import cells_bar, choices_of, clock, give, give_json, say
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.launch import LAUNCHED, is_first, is_launched, launch_apart
+from lingshu_cell.launch import LAUNCHED, command_line, is_first, is_launched, launch_apart
 
 if TYPE_CHECKING:
     from lingshu_cell.data.vocabulary import GeneVocabulary
@@ -124,7 +123,7 @@ def generate(
         raise LingshuError("A number of cells must be asked for", "neither --n nor --requests is given", "Add --n")
     started = time.monotonic()
     if to_folder and (processes or 1) > 1 and not is_launched() and not dry_run:
-        code, ended = launch_apart(sys.argv[1:], processes or 1)
+        code, ended = launch_apart(command_line(), processes or 1)
         for line in ended:
             say(line)
         if code == 0:

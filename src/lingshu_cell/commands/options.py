@@ -8,8 +8,6 @@ import typer
 
 from lingshu_cell.config import PRESETS, GenerationConfig
 
-EXIT_CODE_INTERRUPTED = 130
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout in place of text.")]
 Preset = Annotated[str | None, typer.Option(metavar="NAME", help=f"{', '.join(PRESETS)}; small when not given.")]
 ConfigFile = Annotated[

@@ -1,17 +1,16 @@
 """The command ``lingshu train``."""
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lingshu_cell.commands.options import EXIT_CODE_INTERRUPTED, ConfigFile, DryRun, Json, Preset, Settings
+from lingshu_cell.commands.options import ConfigFile, DryRun, Json, Preset, Settings
 from lingshu_cell.console import clock, give, give_json, say, training_bar
-from lingshu_cell.errors import LingshuError
-from lingshu_cell.launch import is_first, is_launched, launch
+from lingshu_cell.errors import EXIT_CODE_INTERRUPTED, LingshuError
+from lingshu_cell.launch import command_line, is_first, is_launched, launch
 
 if TYPE_CHECKING:
     from lingshu_cell.config import Config
@@ -68,7 +67,7 @@ def train(
     Nothing is normalised and no genes are selected. Ctrl-C saves what was learned; --resume goes on exactly there.
     """
     if processes > 1 and not is_launched() and not dry_run:
-        return launch(sys.argv[1:], processes)
+        return launch(command_line(), processes)
     from lingshu_cell.run_config import AUTOMATIC, run_config
     from lingshu_cell.train import train as train_run
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import h5py
 
+from lingshu_cell.interruption import deferred_signals
+
 
 class Hdf5Output:
     """An HDF5 file open for writing, as ``file``; it is written under :meth:`told_once`.
 
     HDF5 itself, when it cannot write, raises again and again while it gives up its caches, prints tracebacks as its
     objects are collected, and cannot close the file. So it writes through a Python file that keeps the first error for
-    us and lets it believe that all is well; what it wrote is whole only if :meth:`close` says nothing.
+    us and lets it believe that all is well; what it wrote is whole only if :meth:`close` says nothing. While HDF5 is at
+    work, Ctrl-C and SIGTERM wait: raised in that Python file, they would end in a segmentation fault.
 
     Parameters
     ----------
@@ -26,7 +29,8 @@ class Hdf5Output:
 
     def __init__(self, path: Path, **layout: Any) -> None:
         self._sink = _Sink(path)
-        self.file = h5py.File(self._sink, "w", **layout)
+        with deferred_signals():
+            self.file = h5py.File(self._sink, "w", **layout)
 
     @contextmanager
     def told_once(self) -> Iterator[h5py.File]:
@@ -38,7 +42,8 @@ class Hdf5Output:
             As the system gave it, in place of what HDF5 made of it.
         """
         try:
-            yield self.file
+            with deferred_signals():
+                yield self.file
         finally:
             if self._sink.error is not None:
                 raise self._sink.error
@@ -58,9 +63,10 @@ class Hdf5Output:
     def abandon(self) -> None:
         """Close the file, whatever is missing in it."""
         self._sink.error = self._sink.error or OSError("abandoned")  # nothing more is written
-        with suppress(Exception):  # it reads back what was never written
-            self.file.close()
-        self._sink.close()
+        with deferred_signals():
+            with suppress(Exception):  # it reads back what was never written
+                self.file.close()
+            self._sink.close()
 
 
 @contextmanager
