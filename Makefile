@@ -86,9 +86,12 @@ faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	@$(GPU_PYTHON) -c 'from importlib.metadata import version; version("lingshu-cell")' 2>/dev/null \
+	  || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  PYTHONPATH=src $(GPU_PYTHON) benchmarks/paper_step.py --device cuda --precisions bf16; \
+	  PYTHONPATH=src $(GPU_PYTHON) benchmarks/paper_step.py --device cuda --precisions bf16 && \
+	  PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_speed.py; \
 	else echo "no CUDA device: the tests were skipped and nothing was measured"; fi
 
 lint: $(STAMP)

@@ -149,7 +149,7 @@ def _operations(model: TrainedModel, train_file: Path) -> dict[str, float]:
     counts, config, n_genes = ad.read_h5ad(train_file).X, model.config, len(model.modelled)
     sizes = config.network, n_genes, len(config.data.condition_keys), counts.nnz / (counts.shape[0] * n_genes)
     training, generation = network_cost(*sizes, training=True), network_cost(*sizes, training=False)
-    steps, tile = resolve_schedule(model).steps, config.generation.tile_size
+    steps, tile = resolve_schedule(model).steps, model.tile_size
     return {
         "training_flops_per_cell": training_flops_per_cell(training, n_genes, config.training.minibatch_size),
         "generation_flops_per_cell": generation_flops_per_cell(generation, n_genes, steps, tile),

@@ -1,5 +1,7 @@
 """Generated cells depend on their seed alone, are whole integer cells, and carry what made them."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -209,3 +211,13 @@ def test_weights_that_are_none_are_refused(trained_run, weights):
 def test_impossible_wishes_are_refused_with_their_wording(model, n_cells, settings, message):
     with pytest.raises(LingshuError, match=message):
         generate(model, n_cells, **settings)
+
+
+def test_tiles_are_larger_where_a_gpu_would_wait_for_its_host(trained_run, monkeypatch):
+    config = tiny_config(generation={"tile_size": "auto"})
+    model = replace(load_model(trained_run), config=config)
+    paper = replace(model, config=tiny_config("paper", generation={"tile_size": "auto"}))
+    asked = replace(model, config=tiny_config(generation={"tile_size": 32}))
+    assert [one.tile_size for one in (model, paper, asked)] == [64, 64, 32]
+    monkeypatch.setattr(TrainedModel, "device", torch.device("cuda"))
+    assert [one.tile_size for one in (model, paper, asked)] == [1024, 64, 32]

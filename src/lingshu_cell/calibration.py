@@ -176,7 +176,7 @@ def _measure_training(sources: list[Path | str | ad.AnnData], config: Config, fo
 def _measure_generation(run: Path, device: str, asked: dict[str, Any], folder: Path) -> GenerationCost:
     started = time.perf_counter()
     model = load_model(run, pick_device(device))
-    tile = model.config.generation.tile_size
+    tile = model.tile_size
     plan = plan_cells(model, tile, **asked)
     start_seconds = time.perf_counter() - started
 

@@ -214,8 +214,9 @@ class GenerationConfig(_Section):
     minibatch_size: int = Field(
         256, ge=1, le=_MOST_CELLS_AT_ONCE, description="Cells held in memory at once, rounded up to whole tiles."
     )
-    tile_size: int = Field(
-        64, ge=2, le=1 << 16, description="Rows of every network call; part of what determines a cell's rounding."
+    tile_size: Literal["auto"] | Annotated[int, Field(ge=2, le=1 << 16)] = Field(
+        "auto",
+        description="Rows of a network call, on which a cell's rounding depends; auto: 64, of small on a GPU 1024.",
     )
     shard_cells: int = Field(
         2048, ge=2, le=1 << 20, description="Most cells of a shard, where cells are written to a folder."

@@ -40,6 +40,8 @@ from lingshu_cell.silenced import Silenced, describe_silenced, read_silenced
 from lingshu_cell.tokens import MASK_TOKEN
 
 _DECODE_STREAM, _RARE_STREAM, _CONDITION_STREAM = 1, 2, 3
+_TILE_CELLS = 64
+_TILE_CELLS_ON_GPU = 1024  # of a set denoiser: with 64 an H100 waits for its host (docs/log.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,14 @@ class TrainedModel:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.network.parameters()).device
+
+    @property
+    def tile_size(self) -> int:
+        """Rows of every network call: what the run says, or as many as keep the device busy."""
+        asked, on_gpu = self.config.generation.tile_size, self.device.type == "cuda"
+        if asked != "auto":
+            return asked
+        return _TILE_CELLS_ON_GPU if on_gpu and isinstance(self.config.network, SetConfig) else _TILE_CELLS
 
     def autocast(self) -> torch.autocast:
         """The precision it was trained in: bf16 for the trunk or plain fp32; heads and draws stay in fp32."""
@@ -378,7 +388,7 @@ def draw_chunks(model: TrainedModel, plan: Plan) -> Iterator[GeneratedChunk]:
     ------
     GeneratedChunk
     """
-    tile, request, grid = model.config.generation.tile_size, plan.request, plan.schedule.grid
+    tile, request, grid = model.tile_size, plan.request, plan.schedule.grid
     per_chunk = -(-plan.minibatch_size // tile) * tile
     steered = _Steered(model, plan)
     start, stop = plan.first // tile * tile, plan.first + plan.n_cells  # whole tiles only: a cell always sits in the

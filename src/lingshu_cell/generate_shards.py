@@ -84,7 +84,7 @@ def generate_folder(
     LingshuError
         If a row cannot be asked for, or the folder is of another request, holds other things or cannot be written.
     """
-    path, tile = expanded(out), model.config.generation.tile_size
+    path, tile = expanded(out), model.tile_size
     size = model.config.generation.shard_cells if shard_cells is None else shard_cells
     size = whole_number(size, "The number of cells of a shard", tile, remedy=f"A tile has {tile}; change --shard-cells")
     if not rows:
@@ -153,7 +153,7 @@ class _Planned:
             "prior": None if prior is None else checksum({"table": prior.table.to_csv(), "source": prior.source}),
             "context": self._fingerprint,
             "unseen": plan.asked["unseen"],
-            "tile_size": model.config.generation.tile_size,
+            "tile_size": model.tile_size,
             "shard_cells": shard_cells,
             "kind_of_machine": _kind_of_machine(model.device),
             "versions": {name: version(name) for name in _VERSIONS},
