@@ -454,3 +454,27 @@ def test_ctrl_c_is_one_line_from_the_first_moment_on(tmp_path):
             assert "Traceback" not in said
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "code"),
+    [(KeyboardInterrupt, "stopped by Ctrl-C", 130), (cli._Terminated, "stopped by SIGTERM", 143)],
+)
+def test_a_stop_that_a_library_took_for_damage_is_still_a_stop(monkeypatch, capfd, stop, said, code):
+    def interrupted(run: Path) -> None:
+        try:
+            try:
+                raise stop
+            except BaseException as error:
+                raise SystemError("returned a result with an exception set") from error  # as h5py's lock does
+        except Exception as error:
+            raise LingshuError("The data file must be whole", f"a.h5ad is damaged ({error})", "Copy it again") from None
+
+    monkeypatch.setattr("lingshu_cell.model.run_info", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["info", "run"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == code and capfd.readouterr().err.strip() == said

@@ -153,8 +153,18 @@ def _forget_unwritten_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _what_stopped(error: BaseException | None) -> BaseException | None:
+    """Ctrl-C or SIGTERM behind an error: libraries in C that were at work make other errors of it, of damaged files."""
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, _Stopped, _Terminated)):
+            return error if isinstance(error, _Terminated) else _Stopped()
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _one_line(error: BaseException) -> tuple[str | None, int]:
     """What to say of an error and the exit code; None for a fault of this program, which deserves its traceback."""
+    error = _what_stopped(error) or error
     if isinstance(error, LingshuError):
         says_it = error.process == int(os.environ.get("RANK", "0"))  # what all processes find wrong, the first says
         return f"error: {error}" if says_it else "", error.exit_code
