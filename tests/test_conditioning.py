@@ -15,11 +15,9 @@ from lingshu_cell.conditioning import (
     DepthTable,
     EffectTable,
     average_profile,
-    build_conditioner,
-    build_contexts,
-    build_depths,
     standard_doses,
 )
+from lingshu_cell.conditioning_of_cells import build_conditioner, build_contexts, build_depths
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.condition_sums import ContextSums, LibrarySample

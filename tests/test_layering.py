@@ -27,17 +27,16 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "data.prior_effects data.shards data.split_files data.store_writer diffusion.guidance diffusion.plan "
     "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder network.set_denoiser "
     "network.transformer_denoiser",
-    "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential metrics.inputs "
-    "network.denoiser perturbation_effects response_samples",
-    "baselines conditioning data.loader data.scan engine.feeder evaluate export_vcc2026 response_figures "
-    "response_libraries run_config silenced",
-    "data.store_builder data.stored_cells engine.run_state evaluate_responses expected_effects response_section",
-    "prepare request response_report validation_conditions",
-    "generate report train",
-    "aligned_cells calibrate calibration console demo generate_shards",
-    "commands.baseline commands.calibrate commands.config commands.de commands.demo commands.embeddings "
-    "commands.export commands.genes commands.prepare commands.report commands.split planner schedule",
-    "commands.generate commands.schedule commands.train model",
+    "check_vcc2026 conditioning data.sources data.store data.training_set engine.gradients metrics.differential "
+    "metrics.inputs network.denoiser perturbation_effects response_samples",
+    "baselines conditioning_of_cells data.loader data.scan engine.feeder engine.run_state evaluate "
+    "expected_effects export_vcc2026 response_figures response_libraries run_config silenced",
+    "data.store_builder data.stored_cells evaluate_responses request response_section validation_conditions",
+    "generate prepare response_report train",
+    "aligned_cells calibrate calibration console generate_shards report",
+    "commands.baseline commands.calibrate commands.config commands.de commands.embeddings commands.export "
+    "commands.genes commands.prepare commands.report commands.split demo planner schedule",
+    "commands.demo commands.generate commands.schedule commands.train model",
     "",  # the package itself, lingshu_cell/__init__.py
     "commands.evaluate commands.info",
     "cli",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import real_cells, tiny_config
 
-from lingshu_cell.conditioning import Conditioner, build_conditioner
+from lingshu_cell.conditioning import Conditioner
+from lingshu_cell.conditioning_of_cells import build_conditioner
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
 from lingshu_cell.data.training_set import TrainingSet, assemble

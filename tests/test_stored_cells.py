@@ -19,7 +19,8 @@ from test_train import assert_same_run, history
 import lingshu_cell
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.checksums import checksum
-from lingshu_cell.conditioning import Conditioner, build_conditioner
+from lingshu_cell.conditioning import Conditioner
+from lingshu_cell.conditioning_of_cells import build_conditioner
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.loader import WINDOW_CELLS

@@ -13,7 +13,7 @@ from conftest import SHARED_DATA, TINY_SET
 from torch import Tensor
 
 from lingshu_cell.checkpoint import BEST_FILE, load_best, load_checkpoint, mark_best, read_best, save_checkpoint
-from lingshu_cell.conditioning import build_conditioner
+from lingshu_cell.conditioning_of_cells import build_conditioner
 from lingshu_cell.config import Config, load_config
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.training_set import assemble

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lingshu_cell.checkpoint import is_unfinished, sweep
-from lingshu_cell.conditioning import build_conditioner, standard_doses
+from lingshu_cell.conditioning import standard_doses
+from lingshu_cell.conditioning_of_cells import build_conditioner
 from lingshu_cell.config import Config, DataConfig
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.store import is_store

@@ -16,7 +16,8 @@ import torch
 from scipy import sparse
 
 from lingshu_cell.checkpoint import holds_step, mark_best, read_best
-from lingshu_cell.conditioning import Conditioner, read_through, standard_doses
+from lingshu_cell.conditioning import Conditioner, standard_doses
+from lingshu_cell.conditioning_of_cells import read_through
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import TrainingCells
