@@ -170,14 +170,13 @@ def test_evidence_is_what_differs_from_the_average_cell():
     x_BG = torch.from_numpy(encode(np.random.default_rng(1).poisson(means(1), (2, N_GENES)))).long()
     x_BG[torch.rand(x_BG.shape, generator=torch.Generator().manual_seed(2)) < 0.5] = MASK_TOKEN
     conditions = told(context=[here], effect=[torch.linspace(-1, 1, N_GENES)], depth=2500, n=2)
-    average, _ = one.relative_to(conditions)
-    evidence = one.read(x_BG)
-    detected_BE, log_BE = one._expected((x_BG != MASK_TOKEN).float(), average)
+    average, _ = relative = one.relative_to(conditions)
+    evidence = one.read(x_BG, relative)
     visible = x_BG != MASK_TOKEN
     count = torch.where(visible, one.count_T[x_BG], 0.0)
     for found, statistic, expected, weight in (
-        (evidence.detected_BE - detected_BE, (count > 0).float(), average.detected_RG, one.detection_weight_G),
-        (evidence.log_BE - log_BE, torch.log1p(count), average.log_RG, one.log_weight_G),
+        (evidence.detected_BE, (count > 0).float(), average.detected_RG, one.detection_weight_G),
+        (evidence.log_BE, torch.log1p(count), average.log_RG, one.log_weight_G),
     ):
         by_hand = ((statistic - expected) * visible) @ (one.head.gene_GE * weight[:, None])
         torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-3)
@@ -207,12 +206,13 @@ def test_what_is_left_is_the_library_less_what_shows(average_cell, overall):
     share_G = average.share_RG[0]
     assert share_G.sum() == pytest.approx(1, rel=1e-5)
     visible_BG = (share_G[share_G.argsort()].cumsum(0)[share_G.argsort().argsort()] < 0.5).float().expand(3, -1)
-    shown = float((visible_BG[0] * share_G).sum())
-    left_B = average.left(visible_BG, torch.tensor([3000 * shown, 3000, 500]))
+    share_B = (visible_BG * share_G).sum(1)
+    shown = float(share_B[0])
+    left_B = average.left(share_B, torch.tensor([3000 * shown, 3000, 500]))
     assert left_B[0] == pytest.approx(0, abs=1e-3)
     assert left_B[1] == -2, "nothing is left, as far as it goes"
     assert left_B[2] == 0, "no depth was asked for"
-    torch.testing.assert_close(average.left(visible_BG * 0, torch.zeros(3)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(average.left(torch.zeros(3), torch.zeros(3)), torch.zeros(3), atol=1e-3, rtol=0)
 
 
 @torch.no_grad()

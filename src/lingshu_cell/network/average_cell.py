@@ -68,20 +68,19 @@ class AverageCells:
     depth_B: Tensor | None = None
     share_RG: Tensor | None = None
 
-    def left(self, visible_BG: Tensor, total_B: Tensor) -> Tensor:
+    def left(self, share_B: Tensor, total_B: Tensor) -> Tensor:
         """Compare what hidden genes of each cell have left of its library with their shares of it, as a log ratio.
 
         Parameters
         ----------
-        visible_BG
-            1 where a gene is visible.
+        share_B
+            Sum of the shares of the visible genes.
         total_B
             Counts of the visible genes.
         """
         depth_B = torch.exp(self.depth_B.nan_to_num())
-        hidden_B = 1 - (visible_BG * self.share_RG.index_select(0, self.place_B)).sum(1)
         left_B = ((depth_B - total_B).clamp_min(0) + _LEFT_PSEUDOCOUNT) / (
-            depth_B * hidden_B.clamp_min(0) + _LEFT_PSEUDOCOUNT
+            depth_B * (1 - share_B).clamp_min(0) + _LEFT_PSEUDOCOUNT
         )
         left_B = torch.log(left_B).clamp(-_MOST_LEFT, _MOST_LEFT)
         return torch.where(self.depth_B.isnan(), 0.0, left_B)

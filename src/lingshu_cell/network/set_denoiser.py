@@ -56,14 +56,25 @@ class ConditionSizes:
     depth: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evidence:
-    """What the visible genes of each cell add up to: B × E along the gene codes, and two plain sums."""
+    """What the visible genes of each cell add up to, relative to an average cell.
+
+    Attributes
+    ----------
+    detected_BE, log_BE
+        Along the gene codes: detected or not, and log counts, less their expectations.
+    n_visible_B, total_B
+        How many genes are visible, and their counts.
+    share_B
+        Share that they have of the average cell's counts; 0 where it has no shares.
+    """
 
     detected_BE: Tensor
     log_BE: Tensor
     n_visible_B: Tensor
     total_B: Tensor
+    share_B: Tensor
 
 
 class SetDenoiser(nn.Module, Denoiser):
@@ -129,30 +140,43 @@ class SetDenoiser(nn.Module, Denoiser):
     def forward(self, x_t_BG: Tensor, conditions: Conditions | Tensor) -> CountDistribution:
         """Answer p(x_0 | x_t, conditions) for every gene; arguments as in :class:`TransformerDenoiser`."""
         conditions = Conditions.of(conditions)
-        return self._answer(self.read(x_t_BG), x_t_BG, conditions, self.relative_to(conditions))
+        relative = self.relative_to(conditions)
+        return self._answer(self.read(x_t_BG, relative), x_t_BG, conditions, relative)
 
     def start(self, x_t_BG: Tensor) -> PartialCells:
         """Begin to follow cells; see :class:`SummedCells`."""
         return SummedCells(self, x_t_BG)
 
     def answer(self, cells: PartialCells, conditions: Conditions | Tensor) -> CountDistribution:
-        """Answer for cells being followed; their evidence is read once, however many conditions are asked about."""
+        """Answer for cells being followed; their evidence is kept up to date for each conditions asked about."""
         if not isinstance(cells, SummedCells):
             return self.forward(cells.x_t_BG, conditions)
-        return self._answer(cells.evidence, cells.x_t_BG, Conditions.of(conditions), cells.relative_to(conditions))
+        relative, evidence = cells.of(conditions)
+        return self._answer(evidence, cells.x_t_BG, Conditions.of(conditions), relative)
 
-    def read(self, x_t_BG: Tensor) -> Evidence:
-        """Sum the evidence of the visible genes, less its expectation, along the gene codes: detected or not, and log
-        count.
+    def read(self, x_t_BG: Tensor, relative: Relative | None) -> Evidence:
+        """Sum the evidence of the visible genes along the gene codes: detected or not, and log count, each less what
+        is expected of the average cell of the conditions, or of all training cells.
         """
+        average = None if relative is None else relative[0]
         visible_BG = (x_t_BG != MASK_TOKEN).float()
         count_BG = self.count_T.index_select(0, x_t_BG.int().flatten()).view(x_t_BG.shape)  # 0 where hidden
-        codes_GE = self.head.gene_GE
-        detected_BG = (count_BG > 0).float() - visible_BG * self.detection_G
+        codes_GE, (detection, mean_log) = self.head.gene_GE, self.expected(average)
+        detected_BG = (count_BG > 0).float() - visible_BG * detection
         detected_BE = (detected_BG @ (codes_GE * self.detection_weight_G[:, None])).float()
-        log_BG = torch.log1p(count_BG) - visible_BG * self.mean_log_G
+        log_BG = torch.log1p(count_BG) - visible_BG * mean_log
         log_BE = (log_BG @ (codes_GE * self.log_weight_G[:, None])).float()
-        return Evidence(detected_BE, log_BE, visible_BG.sum(1), count_BG.sum(1))
+        total_B = count_BG.sum(1)
+        share_B = torch.zeros_like(total_B)
+        if average is not None and average.share_RG is not None:
+            share_B = (visible_BG * average.share_RG.index_select(0, average.place_B)).sum(1)
+        return Evidence(detected_BE, log_BE, visible_BG.sum(1), total_B, share_B)
+
+    def expected(self, average: AverageCells | None) -> tuple[Tensor, Tensor]:
+        """Detection and log counts expected of each gene: of all cells alike, G, or of each its own, B × G."""
+        if average is None:
+            return self.detection_G, self.mean_log_G
+        return tuple(one.index_select(0, average.place_B) for one in (average.detected_RG, average.log_RG))
 
     def relative_to(self, conditions: Conditions) -> Relative | None:
         """Give the average cells of the conditions, which all else is relative to; None without such conditions."""
@@ -169,11 +193,8 @@ class SetDenoiser(nn.Module, Denoiser):
         detected_BE, log_BE, offsets, left_B = evidence.detected_BE, evidence.log_BE, None, None
         if relative is not None:
             average, offsets = relative
-            visible_BG = (x_t_BG != MASK_TOKEN).float()
-            of_average = self._expected(visible_BG, average)
-            detected_BE, log_BE = detected_BE - of_average[0], log_BE - of_average[1]
             if average.depth_B is not None:
-                left_B = average.left(visible_BG, evidence.total_B)
+                left_B = average.left(evidence.share_B, evidence.total_B)
                 most_B = average.most(evidence.total_B, (x_t_BG == N_EXPRESSION_TOKENS - 1).any(1))
                 offsets = replace(offsets, left_B=left_B * self.average_cell.left_amount_1, most_B=most_B)
         feature_BF = self._features(evidence.n_visible_B, evidence.total_B, detected_BE, log_BE)
@@ -184,19 +205,6 @@ class SetDenoiser(nn.Module, Denoiser):
         if self.perturbation is not None and conditions.perturbation_BP is not None:
             h_BD = self.response(h_BD, self.perturbation(conditions))
         return self.head(self.norm(h_BD), offsets)
-
-    def _expected(self, visible_BG: Tensor, average: AverageCells) -> tuple[Tensor, Tensor]:
-        """Evidence that the visible genes of an average cell of each condition would add up to, beyond that of all
-        training cells; twice B × E.
-        """
-        sums = []
-        for of_average_RG, of_all_G, weight_G in (
-            (average.detected_RG, self.detection_G, self.detection_weight_G),
-            (average.log_RG, self.mean_log_G, self.log_weight_G),
-        ):
-            more_BG = visible_BG * (of_average_RG - of_all_G).index_select(0, average.place_B)
-            sums.append((more_BG @ (self.head.gene_GE * weight_G[:, None])).float())
-        return sums[0], sums[1]
 
     def _at_rest(self, conditions: Conditions, left_B: Tensor | None) -> Tensor:
         """What the conditions say of a cell before anything is done to it: categories, context, library size; B × D."""
@@ -265,33 +273,48 @@ class SummedCells(PartialCells):
         self._network = network
         self._detection_GE = network.head.gene_GE * network.detection_weight_G[:, None]
         self._log_GE = network.head.gene_GE * network.log_weight_G[:, None]
-        self.evidence = network.read(x_t_BG)
-        self._relative: list[tuple[Conditions | Tensor, Relative | None]] = []
+        self._followed: list[tuple[Conditions | Tensor | None, Relative | None, Evidence]] = []
 
-    def relative_to(self, conditions: Conditions | Tensor) -> Relative | None:
-        """Give the average cells of conditions, which stay the same from step to step."""
-        for known, relative in self._relative:
-            if known is conditions:
-                return relative
-        self._relative.append((conditions, self._network.relative_to(Conditions.of(conditions))))
-        return self._relative[-1][1]
+    def of(self, conditions: Conditions | Tensor) -> tuple[Relative | None, Evidence]:
+        """Give the average cells of conditions, which stay the same from step to step, and the evidence relative to
+        them.
+        """
+        key = None if self._network.average_cell is None else conditions
+        for known, relative, evidence in self._followed:
+            if known is key:
+                return relative, evidence
+        relative = self._network.relative_to(Conditions.of(conditions))
+        self._followed.append((key, relative, self._network.read(self.x_t_BG, relative)))
+        return self._followed[-1][1:]
 
     def reveal(self, positions: Positions, token_M: Tensor) -> None:
         """Make some hidden genes visible and add their evidence."""
         super().reveal(positions, token_M)
-        if len(positions) * self._DENSE_FROM > self.x_t_BG.numel():
-            self.evidence = self._network.read(self.x_t_BG)
-            return
-        network, evidence = self._network, self.evidence
-        cell_M, gene_M = positions.cell_M, positions.gene_M
-        count_M = network.count_T[token_M]
-        detected_M1 = ((count_M > 0).float() - network.detection_G[gene_M])[:, None]
-        log_M1 = (torch.log1p(count_M) - network.mean_log_G[gene_M])[:, None]
-        self.evidence = Evidence(
+        is_many = len(positions) * self._DENSE_FROM > self.x_t_BG.numel()
+        for i, (key, relative, evidence) in enumerate(self._followed):
+            read = self._network.read(self.x_t_BG, relative) if is_many else None
+            self._followed[i] = key, relative, read or self._with(evidence, relative, positions, token_M)
+
+    def _with(self, evidence: Evidence, relative: Relative | None, positions: Positions, token_M: Tensor) -> Evidence:
+        """Add what genes say that were just revealed."""
+        network, cell_M, gene_M = self._network, positions.cell_M, positions.gene_M
+        count_M, share_B = network.count_T[token_M], evidence.share_B
+        if relative is None:
+            detection_M, mean_log_M = network.detection_G[gene_M], network.mean_log_G[gene_M]
+        else:
+            average = relative[0]
+            place_M = average.place_B[cell_M]
+            detection_M, mean_log_M = average.detected_RG[place_M, gene_M], average.log_RG[place_M, gene_M]
+            if average.share_RG is not None:
+                share_B = share_B.index_add(0, cell_M, average.share_RG[place_M, gene_M])
+        detected_M1 = ((count_M > 0).float() - detection_M)[:, None]
+        log_M1 = (torch.log1p(count_M) - mean_log_M)[:, None]
+        return Evidence(
             evidence.detected_BE.index_add(0, cell_M, self._detection_GE[gene_M] * detected_M1),
             evidence.log_BE.index_add(0, cell_M, self._log_GE[gene_M] * log_M1),
             evidence.n_visible_B.index_add(0, cell_M, torch.ones_like(count_M)),
             evidence.total_B.index_add(0, cell_M, count_M),
+            share_B,
         )
 
 
