@@ -53,6 +53,7 @@ _SPEED = (
     ("steps of `small` to the NELBO of the column, at most", "small_steps"),
     ("CPU seconds of `small` to the NELBO of the column, at most", "small_cpu_seconds"),
     ("÷ CPU seconds of the column's training", "small_share"),
+    ("operations of these steps ÷ those of the column's training", "small_share_of_operations"),
 )
 _EARLY_STEPS = (1, 4, 8, 16, 32, 64, 128, 256)
 _SCVI_MASKS = 8  # scVI's bound has none; ours is then measured as usual
@@ -187,7 +188,14 @@ def small_to_the_same_bound(
             if bound <= record["nelbo"]["nats_per_cell"]:
                 record |= {"small_steps": steps, "small_cpu_seconds": found["cpu_seconds"]}
                 record["small_share"] = found["cpu_seconds"] / record["training_cpu_seconds"]
+                if "training_steps" in record and "small" in records:
+                    spent = _operations(record, record["training_steps"])
+                    record["small_share_of_operations"] = _operations(records["small"], steps) / spent
                 (work / name / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _operations(record: dict[str, Any], steps: int) -> float:
+    return steps * record["minibatch_size"] * record["training_flops_per_cell"]
 
 
 def metric_table(records: dict[str, dict[str, Any]]) -> str:
