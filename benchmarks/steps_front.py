@@ -26,6 +26,7 @@ METRICS = {
     "sd_log_umi_ratio": "SD of log UMI, generated / real",
     "classifier_auc_random_forest_all_cells": "random-forest AUC",
     "gene_correlation_slope": "gene-gene correlation slope",
+    "gene_correlation_error": "gene-gene correlation error",
     "mmd2": "MMD²",
     "genes_detected_sd_ratio": "SD of genes detected, generated / real",
     "zero_fraction_difference": "difference of zero fractions",
