@@ -24,6 +24,7 @@ from lingshu_cell.data.condition_sums import ContextSums, LibrarySample
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
 from lingshu_cell.data.training_set import TrainingSet, assemble
 from lingshu_cell.data.vocabulary import ConditionVocabulary
+from lingshu_cell.datasets import pbmc3k_path
 from lingshu_cell.errors import LingshuError
 
 DATA = {
@@ -271,6 +272,22 @@ def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
     assert (between > 1099).all()
     assert (between < 5000).all()
     np.testing.assert_allclose(draw([7, 7]), np.exp(np.mean([np.log(draw(r)) for r in ([1, 1], [1, 2], [2, 1])], 0)))
+
+
+def test_drawn_depths_spread_like_those_of_real_cells_to_the_last_percent():
+    """PBMC 3k has a few cells of several times the usual depth: between 65 even quantiles they would be too many."""
+    library = np.asarray(ad.read_h5ad(pbmc3k_path()).X.sum(1)).ravel().astype(np.int64)
+    row_RC = np.zeros((1, 0), dtype=np.int64)
+    sample = LibrarySample(row_RC, 0)
+    sample.add(None, library, np.zeros((len(library), 0), dtype=np.int64))
+    table = build_depths(row_RC, sample)
+    n = 20_000
+    drawn = table.draw(np.zeros((n, 0), dtype=np.int64), (np.arange(n) + 0.5) / n, None)
+    assert drawn.std() == pytest.approx(np.log(library).std(), rel=0.005)
+    np.testing.assert_allclose(
+        np.quantile(drawn, [0.01, 0.5, 0.99]), np.quantile(np.log(library), [0.01, 0.5, 0.99]), atol=0.02
+    )
+    assert table.log_moments(np.ones(1)) == pytest.approx((np.log(library).mean(), np.log(library).std()), rel=0.01)
 
 
 def test_one_dose_for_all_is_the_mean_dose(screen):

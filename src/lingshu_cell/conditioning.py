@@ -76,16 +76,25 @@ class EffectTable:
         return np.maximum(_find_rows(self.condition_KC[1:], condition_NC) + 1, 0)
 
 
+def quantile_levels(n: int) -> np.ndarray:
+    """Levels from 0 to 1 that are close together at both ends: library sizes have tails, of which the last of even
+    levels would make a tenth of all spread (docs/log.md).
+    """
+    return (1 - np.cos(np.pi * np.linspace(0, 1, n))) / 2
+
+
 @dataclass(frozen=True, eq=False)
 class DepthTable:
-    """Library sizes of the training cells of each condition row: quantiles of the log of their modelled UMI counts."""
+    """Library sizes of the training cells of each condition row: quantiles of the log of their modelled UMI counts, at
+    :func:`quantile_levels`.
+    """
 
     condition_RC: np.ndarray
     log_quantile_RU: np.ndarray
 
     def log_moments(self, weight_R: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of the log library size over condition rows of given weights."""
-        at, weight_R = np.linspace(0, 1, self.log_quantile_RU.shape[1]), weight_R / weight_R.sum()
+        at, weight_R = quantile_levels(self.log_quantile_RU.shape[1]), weight_R / weight_R.sum()
         mean, square = (float(weight_R @ np.trapezoid(self.log_quantile_RU**k, at, axis=1)) for k in (1, 2))
         return mean, max(square - mean**2, 0.0) ** 0.5
 
@@ -95,7 +104,7 @@ class DepthTable:
         """
         place = _find_rows(self.condition_RC, condition_NC)
         drawn = np.empty(len(place))
-        at = np.linspace(0, 1, self.log_quantile_RU.shape[1])
+        at = quantile_levels(self.log_quantile_RU.shape[1])
         for row in np.unique(condition_NC, axis=0):
             cells = (condition_NC == row).all(1)
             if place[cells][0] >= 0:

@@ -16,6 +16,7 @@ from lingshu_cell.conditioning import (
     ContextTable,
     DepthTable,
     EffectTable,
+    quantile_levels,
     scaled_rows,
 )
 from lingshu_cell.config import Config
@@ -221,6 +222,6 @@ def build_contexts(sums: ContextSums) -> ContextTable:
 
 def build_depths(condition_RC: np.ndarray, libraries: LibrarySample) -> DepthTable:
     """Take the quantiles of the log library size in each condition row."""
-    at = np.linspace(0, 1, _N_QUANTILES)
+    at = quantile_levels(_N_QUANTILES)
     log_quantiles = [np.quantile(np.log(np.maximum(libraries.of_row(r), 1)), at) for r in range(len(condition_RC))]
     return DepthTable(condition_RC, np.stack(log_quantiles))
