@@ -67,7 +67,7 @@ SCREENS = {
         "control",
         "cell_type",
         "pairs",
-        {"training.steps": 200, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 200, "training.balance": 0.5, "training.depth_dropout": 0.5},
     ),
     "gbm": Screen(
         "gbm_panobinostat_300g",
@@ -75,7 +75,7 @@ SCREENS = {
         "ctrl",
         "donor",
         "pairs",
-        {"training.steps": 400, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
     ),
     "papalexi": Screen(
         "papalexi_eccite_299g",
@@ -83,7 +83,7 @@ SCREENS = {
         "control",
         None,
         5,
-        {"training.steps": 400, "training.balance": 0.5, "data.depth": True},
+        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
         embeddings=True,
     ),
 }

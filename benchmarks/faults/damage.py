@@ -96,7 +96,8 @@ def _ways(file: Path, rng: np.random.Generator, n_flips: int, n_cuts: int) -> li
     """Choose bits to flip and lengths to cut to: the ends and random places."""
     size = file.stat().st_size
     bits = sorted({0, 8 * size - 1, *rng.integers(8 * size, size=max(n_flips - 2, 0)).tolist()})[:n_flips]
-    cuts = sorted({0, size - 1, *rng.integers(size, size=max(n_cuts - 2, 0)).tolist()})
+    last = size - 2 if file.suffix == ".json" else size - 1  # without its last end of line JSON is the same
+    cuts = sorted({0, last, *rng.integers(size, size=max(n_cuts - 2, 0)).tolist()})
     chosen = cuts[:n_cuts] if n_cuts > 1 else [int(rng.choice(cuts))]
     return [("flip", int(bit)) for bit in bits] + [("cut", int(cut)) for cut in chosen]
 

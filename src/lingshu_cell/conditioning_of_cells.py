@@ -54,7 +54,7 @@ def build_conditioner(cells: TrainingCells, config: Config) -> Conditioner:
     """
     data = config.data
     if config.network.kind == "transformer":
-        asked = [name for name in ("dose_key", "embeddings", "depth") if getattr(data, name)]
+        asked = [name for name in ("dose_key", "embeddings") if getattr(data, name)] + ["depth"] * config.has_depth
         if asked:
             raise LingshuError(
                 "The paper's network knows categories only",
@@ -93,7 +93,7 @@ def _with_tables(conditioner: Conditioner, cells: TrainingCells, config: Config)
     """Add what is measured in the cells, each of which is read once and forgotten."""
     data, seed, field = config.data, config.training.seed, conditioner.perturbation_field
     row_RC, n_R = cells.condition_frequencies(cells.seen)
-    libraries = LibrarySample(row_RC, seed) if data.depth else None
+    libraries = LibrarySample(row_RC, seed) if config.has_depth else None
     contexts, effects, n_genes = None, None, len(cells.modelled)
     if field is not None and data.context:
         contexts = _context_sums(conditioner, row_RC, n_R, n_genes, seed)

@@ -48,7 +48,9 @@ class DataConfig(_Section):
     silenced: bool = Field(
         False, description="Also test by pdex which genes perturbations silence, for lingshu generate --prior silenced."
     )
-    depth: bool = Field(False, description="Also condition on library size, so that it can be asked for.")
+    depth: Literal["auto"] | bool = Field(
+        "auto", description="Also condition on library size, which is then drawn first; auto: in small."
+    )
     split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
         3, ge=0, description="Genes detected in fewer training cells are drawn from their frequency, not modelled."
@@ -178,7 +180,7 @@ class TrainingConfig(_Section):
         0.2, ge=0, le=1, description="Share of cells trained on their context in place of their identity labels."
     )
     depth_dropout: float = Field(
-        0.5, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
+        0.1, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
     )
     keep_best: bool = Field(
         True, description="With validation conditions: generate from the step that foretold them best, not the last."
@@ -232,6 +234,11 @@ class Config(_Section):
     network: TransformerConfig | SetConfig = Field(SetConfig(), discriminator="kind")
     training: TrainingConfig = TrainingConfig()
     generation: GenerationConfig = GenerationConfig()
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether library size is a condition."""
+        return self.network.kind == "set" if self.data.depth == "auto" else self.data.depth
 
 
 def _paper(genes_per_group: int) -> dict[str, Any]:
