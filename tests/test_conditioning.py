@@ -19,6 +19,7 @@ from lingshu_cell.conditioning import (
 )
 from lingshu_cell.conditioning_of_cells import build_conditioner, build_contexts, build_depths
 from lingshu_cell.config import Config
+from lingshu_cell.data import condition_sums
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.condition_sums import ContextSums, LibrarySample
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
@@ -255,8 +256,8 @@ def test_an_effect_is_told_from_its_own_cells_and_foretold_without_them(screen):
 def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
     library = np.concatenate([np.arange(1000, 1100), np.arange(5000, 5100), np.arange(200, 220)])
     condition_NC = np.array([[1, 1]] * 100 + [[1, 2]] * 100 + [[2, 1]] * 20)
-    row_RC = np.unique(condition_NC, axis=0)
-    sample = LibrarySample(row_RC, 0)
+    row_RC, n_R = np.unique(condition_NC, axis=0, return_counts=True)
+    sample = LibrarySample(row_RC, n_R, 0)
     for i in range(0, len(library), 7):
         sample.add(None, library[i : i + 7], condition_NC[i : i + 7])
     table = build_depths(row_RC, sample)
@@ -274,11 +275,28 @@ def test_depths_are_drawn_from_the_library_sizes_of_the_condition():
     np.testing.assert_allclose(draw([7, 7]), np.exp(np.mean([np.log(draw(r)) for r in ([1, 1], [1, 2], [2, 1])], 0)))
 
 
+def test_of_a_condition_of_many_cells_few_are_read(monkeypatch):
+    monkeypatch.setattr(condition_sums, "_MOST_LIBRARIES", 200)
+    condition_NC = np.repeat([[1], [2]], [4000, 100], axis=0)
+    library = np.random.default_rng(0).permutation(np.arange(1, 4101))
+    row_RC, n_R = np.unique(condition_NC, axis=0, return_counts=True)
+    sample, n_read = LibrarySample(row_RC, n_R, 0), 0
+    for piece in np.array_split(np.random.default_rng(1).permutation(4100), 7):
+        wanted = piece[sample.wants(condition_NC[piece])]
+        sample.add(None, library[wanted], condition_NC[wanted])
+        n_read += len(wanted)
+    assert 250 < n_read < 360
+    assert set(sample.of_row(1)) == set(library[4000:]), "all of the one that has few"
+    of_many = sample.of_row(0)
+    assert len(of_many) <= 200 and set(of_many) <= set(library[:4000])
+    assert np.median(of_many) == pytest.approx(np.median(library[:4000]), rel=0.2)
+
+
 def test_drawn_depths_spread_like_those_of_real_cells_to_the_last_percent():
     """PBMC 3k has a few cells of several times the usual depth: between 65 even quantiles they would be too many."""
     library = np.asarray(ad.read_h5ad(pbmc3k_path()).X.sum(1)).ravel().astype(np.int64)
     row_RC = np.zeros((1, 0), dtype=np.int64)
-    sample = LibrarySample(row_RC, 0)
+    sample = LibrarySample(row_RC, np.array([len(library)]), 0)
     sample.add(None, library, np.zeros((len(library), 0), dtype=np.int64))
     table = build_depths(row_RC, sample)
     n = 20_000

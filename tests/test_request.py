@@ -246,7 +246,7 @@ def test_what_the_model_cannot_be_asked_is_refused(model, condition, asked, rule
         ("dose_mean", {"dose": 1.0}, "A dose needs a model trained with doses", "this one was not",
          "Train with data.dose_key"),
         ("depths", {"depth": 100}, "A depth needs a model trained with depth", "this one was not",
-         "Train with data.depth=true"),
+         "Train without data.depth=false"),
         ("contexts", {"context": "cells"}, "A context needs a model trained with contexts", "this one was not",
          "Train with data.perturbation_key and data.context"),
     ],

@@ -93,7 +93,7 @@ def _with_tables(conditioner: Conditioner, cells: TrainingCells, config: Config)
     """Add what is measured in the cells, each of which is read once and forgotten."""
     data, seed, field = config.data, config.training.seed, conditioner.perturbation_field
     row_RC, n_R = cells.condition_frequencies(cells.seen)
-    libraries = LibrarySample(row_RC, seed) if config.has_depth else None
+    libraries = LibrarySample(row_RC, n_R, seed) if config.has_depth else None
     contexts, effects, n_genes = None, None, len(cells.modelled)
     if field is not None and data.context:
         contexts = _context_sums(conditioner, row_RC, n_R, n_genes, seed)

@@ -263,7 +263,9 @@ def _log_depth(conditioner: Conditioner, depth: float | str | None) -> float | N
     if depth == "open" or (depth is None and conditioner.depths is None):
         return None
     if conditioner.depths is None:
-        raise LingshuError("A depth needs a model trained with depth", "this one was not", "Train with data.depth=true")
+        raise LingshuError(
+            "A depth needs a model trained with depth", "this one was not", "Train without data.depth=false"
+        )
     if depth in (None, "model"):
         return float("nan")
     try:

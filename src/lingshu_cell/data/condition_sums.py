@@ -131,29 +131,39 @@ class ContextSums:
 
 
 class LibrarySample:
-    """Library sizes of the cells of each condition row: all of them, or a random part of a row that has many.
+    """Library sizes of the cells of each condition row: all of them, or about 8,192 at random of a row that has more.
 
     Parameters
     ----------
     condition_RC
         The condition rows.
+    n_R
+        How many cells each has.
     seed
         Seed of the part.
     """
 
-    def __init__(self, condition_RC: np.ndarray, seed: int) -> None:
+    def __init__(self, condition_RC: np.ndarray, n_R: np.ndarray, seed: int) -> None:
         self._place = {tuple(row): i for i, row in enumerate(condition_RC.tolist())}
-        self._rng = np.random.default_rng([seed, 2])
+        self._share_R = np.minimum(1.0, _MOST_LIBRARIES / np.maximum(n_R, 1))
+        self._rng, self._choice = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
         self._taken: list[list[np.ndarray]] = [[] for _ in self._place]
         self._n = np.zeros(len(self._place), dtype=np.int64)
 
     def wants(self, condition_BC: np.ndarray) -> np.ndarray:
-        """All cells."""
-        return np.ones(len(condition_BC), dtype=bool)
+        """Random cells, so that few have to be read of a row that has many."""
+        if (self._share_R == 1).all():
+            return np.ones(len(condition_BC), dtype=bool)
+        return self._choice.random(len(condition_BC)) < self._share_R[self._rows(condition_BC)]
+
+    def _rows(self, condition_BC: np.ndarray) -> np.ndarray:
+        if len(self._place) == 1:
+            return np.zeros(len(condition_BC), dtype=np.int64)
+        return np.array([self._place[tuple(row)] for row in condition_BC.tolist()], dtype=np.int64)
 
     def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
-        """Take in cells."""
-        row_B = np.array([self._place[tuple(row)] for row in condition_BC.tolist()])
+        """Take in cells, also those that somebody else wanted."""
+        row_B = self._rows(condition_BC)
         keyed = np.stack([self._rng.random(len(library_B)), library_B], axis=1)
         order = np.argsort(row_B, kind="stable")
         rows, firsts = np.unique(row_B[order], return_index=True)
