@@ -258,6 +258,8 @@ def write_embeddings(embeddings: GeneEmbeddings, path: Path | str) -> None:
         raise LingshuError("Embeddings are written as .npz or .safetensors", f"{path.name} is neither", "Rename it")
     if not path.parent.is_dir():
         raise LingshuError("The folder of the output must exist", f"there is no {path.parent}", "Create it first")
+    if path.is_symlink() and not path.exists():
+        raise LingshuError("The output must be a file", f"{path} is a link that leads nowhere", "Remove it first")
 
     def save(draft: Path) -> None:
         if path.suffix == ".npz":

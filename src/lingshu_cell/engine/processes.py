@@ -152,14 +152,17 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        usable = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+        n_there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+        usable = (device.index or 0) < n_there
     except RuntimeError:
         usable = False
     if not usable:
         raise LingshuError(
             "The device must be usable", f"'{name}'", "Choose auto, cpu, or cuda on a machine with a GPU"
         )
-    if device.type == "cpu" or local_rank() == 0:
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if local_rank() == 0:
         return device
     if device.index is not None or local_rank() >= torch.cuda.device_count():
         asked = f"all ask for {name}" if device.index is not None else f"{torch.cuda.device_count()} GPUs are here"
