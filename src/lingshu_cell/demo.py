@@ -26,6 +26,7 @@ from lingshu_cell.train import Progress, train
 MARKER = "demo.json"
 _MADE = ("train.h5ad", "heldout.h5ad", "generated.h5ad", "run", "evaluation")
 _HELD_OUT = 0.1
+_MOST_TRAINING_SECONDS = 200  # so that all of it takes less than five minutes on two slow cores
 _SEED = 0
 
 
@@ -81,7 +82,7 @@ def run_demo(
     overwrite
         Replace what an earlier demo left in ``out``; nothing else there is touched.
     settings
-        ``section.key=value`` strings that change the preset.
+        ``section.key=value`` strings that change the preset. Training ends after 200 seconds if not earlier.
     on_note, on_progress
         Called with lines for the user, and after each optimiser step.
 
@@ -99,7 +100,8 @@ def run_demo(
     evaluation = out / "evaluation"
     result = DemoResult(out, evaluation / "report.html")
     files = {name: out / f"{name}.h5ad" for name in ("train", "heldout", "generated")}
-    config = run_config([pbmc3k_path()], out / "run", settings=settings)
+    limit = f"training.max_seconds={_MOST_TRAINING_SECONDS}"
+    config = run_config([pbmc3k_path()], out / "run", settings=[limit, *settings])
     _make_room(out, overwrite)
     with result.stage("split", on_note):
         cells = ad.read_h5ad(pbmc3k_path())
