@@ -69,6 +69,23 @@ def render_responses(folder: Path, *, title: str | None = None, baseline: Path |
         If a file is missing, unreadable or not whole, or the baseline was judged against other cells.
     """
     folder = Path(folder)
+    try:
+        return _rendered(folder, title, baseline)
+    except LingshuError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:  # its parts do not fit
+        raise LingshuError(
+            "An evaluation must be whole", f"{folder}: {type(error).__name__}: {error}", "Evaluate the cells again"
+        ) from error
+
+
+def _rendered(folder: Path, title: str | None, baseline: Path | str | None) -> str:
     environment = template_environment()
     table, record = read_responses(folder)
     _check(record)

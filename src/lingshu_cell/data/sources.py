@@ -209,7 +209,7 @@ def _kind_of(path: Path) -> str:
     try:
         with h5py.File(path, "r") as file:
             is_10x = "obs" not in file and _group_of_10x(file) is not None
-    except OSError:
+    except (OSError, RuntimeError, KeyError):
         return "h5ad"  # its reader says what is wrong
     return "10x h5" if is_10x else "h5ad"
 
