@@ -395,10 +395,8 @@ def test_a_finished_store_that_lost_a_shard_is_not_up_to_date(files, undisturbed
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_removes_what_is_unfinished(tmp_path, monkeypatch, capfd):
-    def interrupted(run: Path) -> None:
-        write_atomically(tmp_path / "a.txt", lambda draft: os.kill(os.getpid(), signal.SIGTERM))
-
+def exit_code_of(interrupted: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a command whose work is replaced, and leave the handler of SIGTERM as it was."""
     monkeypatch.setattr("lingshu_cell.model.run_info", interrupted)
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -406,7 +404,15 @@ def test_sigterm_removes_what_is_unfinished(tmp_path, monkeypatch, capfd):
             cli.main(["info", "run"])
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert ended.value.code == 143 and capfd.readouterr().err.strip() == "stopped by SIGTERM"
+    return ended.value.code
+
+
+def test_sigterm_removes_what_is_unfinished(tmp_path, monkeypatch, capfd):
+    def interrupted(run: Path) -> None:
+        write_atomically(tmp_path / "a.txt", lambda draft: os.kill(os.getpid(), signal.SIGTERM))
+
+    assert exit_code_of(interrupted, monkeypatch) == 143
+    assert capfd.readouterr().err.strip() == "stopped by SIGTERM"
     assert not os.listdir(tmp_path)
 
 
@@ -470,11 +476,5 @@ def test_a_stop_that_a_library_took_for_damage_is_still_a_stop(monkeypatch, capf
         except Exception as error:
             raise LingshuError("The data file must be whole", f"a.h5ad is damaged ({error})", "Copy it again") from None
 
-    monkeypatch.setattr("lingshu_cell.model.run_info", interrupted)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["info", "run"])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert ended.value.code == code and capfd.readouterr().err.strip() == said
+    assert exit_code_of(interrupted, monkeypatch) == code
+    assert capfd.readouterr().err.strip() == said
