@@ -11,7 +11,6 @@ from lingshu_cell.data.condition_sums import Tally
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT
 
-_CELLS_AT_ONCE = 8192
 _LEAST_VARIANCE = 1e-6
 _NULL_PENALTY = 10.0
 _GRID_STEPS_PER_OCTAVE = 1.5
@@ -53,12 +52,8 @@ class Effects:
     pseudocount: float
 
 
-def measure_effects(
-    counts: sparse.csr_matrix,
-    perturbations: Sequence[str],
-    identities: Sequence[str] | None,
-    control: str,
-    pseudocount: float = EFFECT_PSEUDOCOUNT,
+def effects_of_sums(
+    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount: float = EFFECT_PSEUDOCOUNT
 ) -> Effects:
     r"""Measure Δ_g = log(m_perturbed,g + ε) − log(m_control,g + ε) of every perturbed condition.
 
@@ -69,12 +64,10 @@ def measure_effects(
 
     Parameters
     ----------
-    counts
-        UMI counts of training cells, shape [n_cells, n_genes].
-    perturbations
-        Label of every cell.
-    identities
-        Cell line, type or donor of every cell; None where there is only one.
+    sums
+        Sums over the cells of each condition; they are used up.
+    keys
+        Identity and perturbation of each condition, sorted.
     control
         Label of control cells.
     pseudocount
@@ -83,42 +76,12 @@ def measure_effects(
     Returns
     -------
     Effects
-        Conditions sorted by identity and perturbation. An identity without control cells is kept unmeasured, with a
-        warning.
+        Conditions in the order of ``keys``. An identity without control cells is kept unmeasured, with a warning.
 
     Raises
     ------
     LingshuError
-        If labels and cells differ in number, no identity has control cells, or nothing is perturbed.
-    """
-    n_cells = counts.shape[0]
-    labels = np.asarray([str(one) for one in perturbations], dtype=object)
-    owners = np.asarray([""] * n_cells if identities is None else [str(one) for one in identities], dtype=object)
-    if len(labels) != n_cells or len(owners) != n_cells:
-        finding = f"{n_cells} cells, {len(labels)} perturbations and {len(owners)} identities"
-        raise LingshuError("Each cell needs a perturbation and an identity", finding, "Pass one label per cell")
-    keys = sorted(set(zip(owners, labels, strict=True)))
-    code = {key: number for number, key in enumerate(keys)}
-    group = np.array([code[key] for key in zip(owners, labels, strict=True)], dtype=np.int64)
-    sums = GroupSums(len(keys), counts.shape[1])
-    for start in range(0, n_cells, _CELLS_AT_ONCE):
-        sums.add(counts[start : start + _CELLS_AT_ONCE], group[start : start + _CELLS_AT_ONCE])
-    return effects_of_sums(sums, keys, control, pseudocount)
-
-
-def effects_of_sums(
-    sums: "GroupSums", keys: Sequence[tuple[str, str]], control: str, pseudocount: float = EFFECT_PSEUDOCOUNT
-) -> Effects:
-    """Measure effects as :func:`measure_effects` does, from sums over cells.
-
-    Parameters
-    ----------
-    sums
-        Sums over the cells of each condition.
-    keys
-        Identity and perturbation of each condition, sorted.
-    control, pseudocount
-        See :func:`measure_effects`.
+        If no identity has control cells, nothing is perturbed, or all counts are 0.
     """
     is_control = np.array([label == control for _, label in keys])
     if not is_control.any() or is_control.all():
