@@ -15,10 +15,10 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
     "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.layers "
     "network.rates tokens",
-    "arguments data.condition_labels data.containers data.counts data.effects data.hdf5_output data.labels "
-    "data.quality data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule engine.stopping "
-    "input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 network.average_cell "
-    "network.distribution network.perturbation output_files response_judgement",
+    "arguments data.cell_states data.condition_labels data.containers data.counts data.effects data.hdf5_output "
+    "data.labels data.quality data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule "
+    "engine.stopping input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 "
+    "network.average_cell network.distribution network.perturbation output_files response_judgement",
     "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
     "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store history "
@@ -29,8 +29,8 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "network.transformer_denoiser",
     "check_vcc2026 conditioning data.sources data.store data.training_set engine.gradients metrics.differential "
     "metrics.inputs network.denoiser perturbation_effects response_samples",
-    "baselines conditioning_of_cells data.loader data.scan engine.feeder engine.run_state evaluate "
-    "expected_effects export_vcc2026 response_figures response_libraries run_config silenced",
+    "baselines conditioning_of_cells data.cells_with_states data.loader data.scan engine.feeder engine.run_state "
+    "evaluate expected_effects export_vcc2026 response_figures response_libraries run_config silenced",
     "data.store_builder data.stored_cells evaluate_responses request response_section validation_conditions",
     "generate prepare response_report train",
     "aligned_cells calibrate calibration console generate_shards report",

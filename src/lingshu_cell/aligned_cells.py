@@ -14,7 +14,7 @@ from torch import Tensor
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.data.anndata_io import CountMatrix
 from lingshu_cell.data.tokenizer import encode
-from lingshu_cell.data.vocabulary import align_genes, apply_alignment
+from lingshu_cell.data.vocabulary import STATE_FIELD, align_genes, apply_alignment
 from lingshu_cell.generate import TrainedModel
 from lingshu_cell.network.conditions import Conditions
 from lingshu_cell.tokens import MASK_TOKEN
@@ -66,6 +66,7 @@ def align_cells(model: TrainedModel, data: CountMatrix, *, use_conditions: bool 
         Its cells' counts and labels.
     use_conditions
         Take each cell's own labels where ``obs`` has the model's condition fields; otherwise every field is unknown.
+        Cell states are left open always.
 
     Raises
     ------
@@ -76,7 +77,7 @@ def align_cells(model: TrainedModel, data: CountMatrix, *, use_conditions: bool 
     alignment = align_genes(model.genes, list(data.gene_names), data.var, min_coverage=coverage)
     counts, present = apply_alignment(data.counts, alignment)
     counts = counts[:, model.modelled]
-    fields = [f for f in model.conditions.fields if use_conditions and f in data.obs]
+    fields = [f for f in model.conditions.fields if use_conditions and f in data.obs and f != STATE_FIELD]
     return AlignedCells(
         conditioner=model.conditioner,
         tokens=sparse.csr_matrix((encode(counts.data), counts.indices, counts.indptr), shape=counts.shape),

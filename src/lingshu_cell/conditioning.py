@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from lingshu_cell.data.cell_states import CellStates
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings
 from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
 from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects
-from lingshu_cell.data.vocabulary import ConditionVocabulary
+from lingshu_cell.data.vocabulary import STATE_FIELD, ConditionVocabulary
 from lingshu_cell.network.conditions import Conditions, Profiles
 from lingshu_cell.network.set_denoiser import ConditionSizes
 
@@ -100,7 +101,7 @@ class DepthTable:
 
     def draw(self, condition_NC: np.ndarray, uniform_N: np.ndarray, perturbation_field: int | None) -> np.ndarray:
         """Draw a log library size for each cell; a condition row not seen in training is as deep as the rows that
-        agree with it in all fields but the perturbation, or else as all cells.
+        agree with it in all fields that are known but the perturbation, or else as all cells.
         """
         place = _find_rows(self.condition_RC, condition_NC)
         drawn = np.empty(len(place))
@@ -110,7 +111,7 @@ class DepthTable:
             if place[cells][0] >= 0:
                 quantiles = self.log_quantile_RU[place[cells][0]]
             else:
-                same = self.condition_RC == row
+                same = (self.condition_RC == row) | (row == 0)
                 if perturbation_field is not None:
                     same[:, perturbation_field] = True
                 alike = same.all(1)
@@ -141,6 +142,8 @@ class Conditioner:
         All known embeddings, so that perturbations never trained can be told.
     prior
         What foretells effects of conditions never trained.
+    states
+        What groups cells into states, where these are the first condition field.
     as_category
         Whether the network takes a perturbation label as one more category, control being one of them (the paper's).
     """
@@ -156,7 +159,13 @@ class Conditioner:
     depths: DepthTable | None = None
     embeddings: GeneEmbeddings | None = None
     prior: PriorEffects | None = None
+    states: CellStates | None = None
     as_category: bool = False
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the first condition field is the cell state."""
+        return STATE_FIELD in self.vocabulary.fields
 
     @property
     def perturbation_field(self) -> int | None:
@@ -286,7 +295,8 @@ class Conditioner:
         arrays: dict[str, np.ndarray] = {}
         if self.embedding_PQ is not None:
             arrays["embedding"] = self.embedding_PQ
-        for name, table in (("context", self.contexts), ("effect", self.effects), ("depth", self.depths)):
+        tables = {"context": self.contexts, "effect": self.effects, "depth": self.depths, "states": self.states}
+        for name, table in tables.items():
             if table is not None:
                 arrays |= {f"{name}.{part}": value for part, value in vars(table).items()}
         if self.embeddings is not None:
@@ -297,8 +307,10 @@ class Conditioner:
 
     @classmethod
     def from_saved(cls, value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Conditioner":
-        """Make the conditioner anew from what :meth:`to_json` and :meth:`to_tensors` gave."""
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        """Make the conditioner anew from what :meth:`to_json` and :meth:`to_tensors` gave, the latter perhaps with a
+        tensor ``none``, as files of no tensors are not written.
+        """
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items() if name != "none"}
 
         def table(kind: type, name: str) -> Any:
             parts = {key.split(".", 1)[1]: a for key, a in arrays.items() if key.startswith(f"{name}.")}
@@ -316,6 +328,7 @@ class Conditioner:
             contexts=table(ContextTable, "context"),
             effects=table(EffectTable, "effect"),
             depths=table(DepthTable, "depth"),
+            states=table(CellStates, "states"),
             embeddings=embeddings
             and GeneEmbeddings.of(embeddings["names"], arrays["embeddings"], embeddings["source"]),
             prior=PriorEffects.from_arrays(prior, value["prior"]) if prior else None,

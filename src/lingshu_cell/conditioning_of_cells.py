@@ -62,11 +62,11 @@ def build_conditioner(cells: TrainingCells, config: Config) -> Conditioner:
                 "Leave it out, or take --preset small",
             )
         if data.perturbation_key is None:
-            return Conditioner(cells.conditions)
+            return Conditioner(cells.conditions, states=cells.states)
         labels = cells.conditions.fields[data.perturbation_key]
         known = PerturbationVocabulary.from_labels(labels, data.control, separator="")
         return Conditioner(cells.conditions, data.perturbation_key, known, as_category=True)
-    conditioner = Conditioner(cells.conditions)
+    conditioner = Conditioner(cells.conditions, states=cells.states)
     if data.perturbation_key is None:
         return _with_tables(conditioner, cells, config)
     labels = cells.conditions.fields[data.perturbation_key]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lingshu_cell.data.vocabulary import STATE_FIELD
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import read_toml
 
@@ -51,6 +52,11 @@ class DataConfig(_Section):
     depth: Literal["auto"] | bool = Field(
         "auto", description="Also condition on library size, which is then drawn first; auto: in small."
     )
+    states: Literal["auto"] | Annotated[int, Field(ge=0, le=4096)] = Field(
+        "auto",
+        description="Cell states (groups by k-means) to condition on, drawn before all else; 0: none; auto: in small "
+        "without perturbations, one per 100 training cells, 8 to 64.",
+    )
     split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
         3, ge=0, description="Genes detected in fewer training cells are drawn from their frequency, not modelled."
@@ -65,7 +71,16 @@ class DataConfig(_Section):
 
     def assembly(self) -> dict[str, Any]:
         """Give the settings that decide how data sets are brought together."""
-        later = {"layer", "combination_separator", "context", "prior_effects", "embeddings", "depth", "silenced"}
+        later = {
+            "layer",
+            "combination_separator",
+            "context",
+            "prior_effects",
+            "embeddings",
+            "depth",
+            "silenced",
+            "states",
+        }
         return self.model_dump(exclude=later)
 
     @model_validator(mode="after")
@@ -76,6 +91,10 @@ class DataConfig(_Section):
             raise ValueError("condition_keys names a column twice")
         if self.perturbation_key in self.condition_keys:
             raise ValueError(f"'{self.perturbation_key}' is the perturbation_key, not one of condition_keys")
+        if self.perturbation_key is not None and self.states not in ("auto", 0):
+            raise ValueError("states would carry what perturbations do; they go without a perturbation_key")
+        if STATE_FIELD in self.condition_keys:
+            raise ValueError(f"'{STATE_FIELD}' is what cell states are called; give the column another name")
         if self.perturbation_key is None and (self.dose_key or self.embeddings or self.silenced):
             raise ValueError("dose_key, embeddings and silenced need a perturbation_key")
         return self
@@ -181,6 +200,9 @@ class TrainingConfig(_Section):
     )
     depth_dropout: float = Field(
         0.1, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
+    )
+    state_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of cells trained without their cell state, where there are states."
     )
     keep_best: bool = Field(
         True, description="With validation conditions: generate from the step that foretold them best, not the last."

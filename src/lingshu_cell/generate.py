@@ -133,9 +133,7 @@ def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | st
     config = Config.model_validate(manifest["config"])
     data = checkpoint.tensors("data")
     genes = GeneVocabulary.from_json(manifest["genes"])
-    conditioner = Conditioner.from_saved(
-        manifest["conditioning"], {k: v for k, v in checkpoint.tensors("conditioning").items() if k != "none"}
-    )
+    conditioner = Conditioner.from_saved(manifest["conditioning"], checkpoint.tensors("conditioning"))
     averages = [f"ema_{sigma_rel:.2f}" for sigma_rel in config.training.ema_sigma_rel]
     weights = weights or averages[0]
     if weights not in ("weights", *averages):

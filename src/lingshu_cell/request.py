@@ -241,6 +241,8 @@ def _matching_rows(
     if given.all() and len(wanted):
         return wanted[None], np.ones(1)
     match = (known_rows[:, given] == wanted[given]).all(1)
+    if not match.any() and conditioner.has_states and given[1:].all() and len(wanted) > 1:
+        return wanted[None], np.ones(1)  # labels that no training cell has together have no states either
     if not match.any():
         raise LingshuError(
             "Fields left open are drawn from the training cells that match the given ones",

@@ -22,6 +22,8 @@ from lingshu_cell.conditioning import standard_doses
 from lingshu_cell.conditioning_of_cells import build_conditioner
 from lingshu_cell.config import Config, DataConfig
 from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.data.cell_states import number_of_states
+from lingshu_cell.data.cells_with_states import with_states
 from lingshu_cell.data.store import is_store
 from lingshu_cell.data.stored_cells import open_cells
 from lingshu_cell.data.tokenizer import token_midpoints
@@ -35,7 +37,7 @@ from lingshu_cell.engine.gradients import Gradients
 from lingshu_cell.engine.minibatch import Share, StepDraws, first_rows, parts_of
 from lingshu_cell.engine.optimiser import build_optimiser, clip, learning_rate
 from lingshu_cell.engine.processes import World, pick_device, processes
-from lingshu_cell.engine.run_state import describe, restore, save
+from lingshu_cell.engine.run_state import describe, restore, save, saved_states
 from lingshu_cell.engine.sharding import HeldNetwork
 from lingshu_cell.engine.stopping import Losses, stop_signals
 from lingshu_cell.errors import LingshuError
@@ -136,6 +138,7 @@ def train(
         world.agreed(lambda: _check_output(run, resume), only_first=True)
         try:
             cells = world.agreed(lambda: _read(sources, config))
+            n_states = world.agreed(lambda: _number_of_states(cells, config))
         except LingshuError:
             if world.is_first:
                 with contextlib.suppress(OSError):
@@ -143,10 +146,7 @@ def train(
             raise
         config = with_steps(config, len(cells.train))
         world.agreed(lambda: _check_sizes(config, world))
-        if world.is_first:
-            for note in cells.notes:
-                on_note(note)
-        else:
+        if not world.is_first:
             on_progress = on_note = _say_nothing
         with contextlib.ExitStack() as held:
 
@@ -156,6 +156,10 @@ def train(
                 sweep(run)
 
             world.agreed(hold, only_first=True)
+            if n_states:
+                cells = world.agreed(lambda: _in_states(cells, n_states, config, run if resume else None))
+            for note in cells.notes:
+                on_note(note)
             return _Trainer(run, config, cells, resume, device, world, on_note).run_all(on_progress, clock)
 
 
@@ -302,7 +306,8 @@ class _Trainer:
             error.process = self.world.rank  # the others only find this one gone
             raise
         x_0_BG, conditions = self._on_device(rows, draws.context_uniforms(mine))
-        return Share(mine.start, x_0_BG, draws.thinned(conditions, mine, settings), draws)
+        told = draws.thinned(conditions, mine, settings, self.conditioner.has_states)
+        return Share(mine.start, x_0_BG, told, draws)
 
     def _validate(self, gradient_norm: float, seconds: float) -> None:
         """Estimate the NELBO of held-out cells with the first average, always under the same masks."""
@@ -381,12 +386,17 @@ class _Trainer:
             yield self._on_device(self.cells.rows(piece))
 
     def _on_device(self, rows: CellRows, context_uniform_B: np.ndarray | None = None) -> tuple[Tensor, Conditions]:
-        """Tokens and conditions of some cells; with uniforms as in training: random contexts, and library sizes."""
-        x_0_BG = tokens_on(rows, self.device)
+        """Tokens and conditions of some cells; with uniforms as in training: random contexts, library sizes and states,
+        which are left open else.
+        """
+        x_0_BG, condition_BC = tokens_on(rows, self.device), rows.condition_BC
         in_training = context_uniform_B is not None
+        if self.conditioner.has_states and not in_training:
+            condition_BC = condition_BC.copy()
+            condition_BC[:, 0] = 0
         conditions = self.conditioner.conditions(
-            rows.condition_BC,
-            dose_N=standard_doses(rows.dose_B, rows.condition_BC, self.conditioner),
+            condition_BC,
+            dose_N=standard_doses(rows.dose_B, condition_BC, self.conditioner),
             log_depth_N=np.log(np.maximum(rows.library_B, 1)) if in_training else None,
             context_uniform_N=context_uniform_B,
         )
@@ -451,6 +461,19 @@ def _read(sources: Sequence[Path | str | ad.AnnData], config: Config) -> Trainin
         return open_cells(sources[0], **settings)
     data_sets = [read_counts(source, config.data.layer, _label_keys(config.data)) for source in sources]
     return assemble(data_sets, **config.data.assembly())
+
+
+def _number_of_states(cells: TrainingCells, config: Config) -> int:
+    data = config.data
+    if data.states == "auto" and (config.network.kind != "set" or data.perturbation_key is not None):
+        return 0
+    return number_of_states(data.states, len(cells.train))
+
+
+def _in_states(cells: TrainingCells, n_states: int, config: Config, resumed: Path | None) -> TrainingCells:
+    """Group cells into states, those of the newest checkpoint where a run is resumed."""
+    saved = None if resumed is None else saved_states(resumed, len(cells.modelled))
+    return with_states(cells, n_states, config.training.seed, saved, needed=config.data.states != "auto")
 
 
 def _label_keys(data: DataConfig) -> list[str]:

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from lingshu_cell.data.anndata_io import CountMatrix
+from lingshu_cell.data.cell_states import CellStates
 from lingshu_cell.data.positions import pieces, share_of
 from lingshu_cell.data.split_files import read_split
 from lingshu_cell.data.splits import split_cells
@@ -93,6 +94,8 @@ class TrainingCells(ABC):
         Boolean, data sets × G: which modelled genes each data set measured.
     conditions
         Condition fields and their categories.
+    states
+        What groups the cells, where their state is the first condition.
     train, validation
         Positions of the cells, rising, disjoint.
     seen
@@ -105,6 +108,7 @@ class TrainingCells(ABC):
         What a user should read about the data: coverage, genes left out.
     """
 
+    states: CellStates | None = None
     vocabulary: GeneVocabulary
     modelled: np.ndarray
     measured: np.ndarray

@@ -32,6 +32,8 @@ class StepDraws:
     keeps_B4
         Uniforms that decide which conditions a cell is told: any, its identity, its library size; the last chooses its
         context.
+    keeps_state_B
+        Uniforms that decide whether a cell is told its state.
     """
 
     seed: int
@@ -39,6 +41,7 @@ class StepDraws:
     visible_B: Tensor
     weight_B: Tensor
     keeps_B4: Tensor
+    keeps_state_B: Tensor
 
     @staticmethod
     def of(step: int, n_cells: int, n_genes: int, law: MaskLaw, seed: int, device: torch.device) -> "StepDraws":
@@ -46,7 +49,8 @@ class StepDraws:
         generator = torch.Generator(device).manual_seed(step_seed(seed, step))
         visible_B, weight_B = law.draw(n_cells, n_genes, generator)
         keeps_B4 = torch.rand(n_cells, 4, generator=generator, device=device)
-        return StepDraws(seed, step, visible_B, weight_B, keeps_B4)
+        keeps_state_B = torch.rand(n_cells, generator=generator, device=device)
+        return StepDraws(seed, step, visible_B, weight_B, keeps_B4, keeps_state_B)
 
     def __len__(self) -> int:
         return len(self.visible_B)
@@ -55,9 +59,11 @@ class StepDraws:
         """Uniforms that choose the contexts of some cells, float64."""
         return self.keeps_B4[rows, 3].double().cpu().numpy()
 
-    def thinned(self, conditions: Conditions, rows: slice, settings: TrainingConfig) -> Conditions:
+    def thinned(
+        self, conditions: Conditions, rows: slice, settings: TrainingConfig, has_states: bool = False
+    ) -> Conditions:
         """Forget conditions of some cells: all of them, so that each may be left open; the identity labels, so that
-        their context alone must tell; and the library size.
+        their context alone must tell; the library size; and the cell state, the first category where there are states.
         """
         any_B, identity_B, depth_B, _ = self.keeps_B4[rows].unbind(1)
         conditions = conditions.only(any_B >= settings.condition_dropout)
@@ -66,6 +72,8 @@ class StepDraws:
             conditions = conditions.without_categories(kept_B | ~conditions.context.known())
         if conditions.depth_B is not None:
             conditions = conditions.without_depth(depth_B >= settings.depth_dropout)
+        if has_states:
+            conditions = conditions.without_category(0, self.keeps_state_B[rows] >= settings.state_dropout)
         return conditions
 
     def hide(self, x_0_BG: Tensor, first: int) -> Tensor:

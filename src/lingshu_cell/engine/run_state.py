@@ -14,6 +14,7 @@ import torch
 from lingshu_cell.checkpoint import load_checkpoint, reading, save_checkpoint
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.config import Config
+from lingshu_cell.data.cell_states import CellStates
 from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.ema import PowerEma
 from lingshu_cell.engine.optimiser import optimiser_tensors, restore_optimiser
@@ -91,6 +92,16 @@ def restore(
             best = {"step": int(best["step"]), "condition_explained": float(best["condition_explained"])}
         restore_optimiser(optimiser, held.parts, checkpoint.tensors("optimizer"), held.cut)
     return checkpoint.manifest | {"step": checkpoint.step, "best": best}
+
+
+def saved_states(run: Path, n_genes: int) -> CellStates | None:
+    """Give the cell states of the newest checkpoint; None where it has none, or is of other genes than so many."""
+    checkpoint = load_checkpoint(run)
+    with reading(checkpoint):
+        states = Conditioner.from_saved(checkpoint.manifest["conditioning"], checkpoint.tensors("conditioning")).states
+        if states is None or checkpoint.manifest["n_modelled_genes"] != n_genes:
+            return None
+        return states.checked(n_genes)
 
 
 def describe(config: Config, cells: TrainingCells, conditioner: Conditioner, n_parameters: int) -> dict[str, Any]:

@@ -109,18 +109,21 @@ def refuse_unwritable(out: Path) -> None:
 
 
 def holding_output(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function hold the folder of its argument ``out`` while it runs: two that write one folder are refused."""
+    """Make a function hold the folder of its argument ``out``, a path or its name, while it runs: two that write one
+    folder are refused.
+    """
     parameters = inspect.signature(function)
 
     @functools.wraps(function)
     def held(*arguments: Any, **named: Any) -> Any:
-        out = Path(parameters.bind(*arguments, **named).arguments["out"])
+        given = parameters.bind(*arguments, **named)
+        out = given.arguments["out"] = Path(given.arguments["out"])
         refuse_unwritable(out)
         with contextlib.ExitStack() as stack:
             with writable(_RULE, out, "Check the rights, or choose another folder"):
                 rule = "One folder is written by one process at a time"
                 stack.enter_context(locked(out, rule, f"{out} is in use", "Wait, or choose another folder"))
-            return function(*arguments, **named)
+            return function(*given.args, **given.kwargs)
 
     return held
 

@@ -93,6 +93,12 @@ class Conditions:
         """Forget the categories of the cells where ``known_B`` is false."""
         return replace(self, category_BC=self.category_BC * known_B[:, None])
 
+    def without_category(self, column: int, known_B: Tensor) -> "Conditions":
+        """Forget one field's category in the cells where ``known_B`` is false."""
+        category_BC = self.category_BC.clone()
+        category_BC[:, column] *= known_B
+        return replace(self, category_BC=category_BC)
+
     def without_perturbation(self, known_B: Tensor) -> "Conditions":
         """Forget perturbation, dose and prior effect of the cells where ``known_B`` is false."""
         effect = None if self.effect is None else replace(self.effect, row_B=self.effect.row_B * known_B)

@@ -1,0 +1,178 @@
+"""Cell states: groups of similar training cells, as one more condition that is drawn before library size and genes.
+
+What many genes share would otherwise have to be found again, gene by gene, from those already drawn; a state says the
+coarse part of it at once (docs/decisions/0011-state-first.md).
+
+Shapes: N cells, G modelled genes, H variable genes among them, Q principal components, K states.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from threadpoolctl import threadpool_limits
+
+from lingshu_cell.errors import LingshuError
+
+_MOST_STATES, _CELLS_OF_A_STATE, _FEWEST_STATES = 64, 100, 8
+_LEAST_CELLS = 20  # a state of fewer would be a portrait of its cells
+FEWEST_GENES = 200
+_MOST_GENES, _MOST_COMPONENTS = 2000, 20
+_TARGET_SUM = 1e4
+_LEAST_DETECTIONS, _BINS_OF_MEAN = 3, 20
+_MOST_DEVIATIONS = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class CellStates:
+    """Which state a cell is in: the nearest of K centres in the space of scaled principal components.
+
+    Attributes
+    ----------
+    gene_H
+        Variable genes, as indices of the modelled ones, int64.
+    mean_H, sd_H
+        Of log(1 + counts per 10,000) over the cells they were learned from, float64.
+    axes_HQ
+        Principal axes, each over the square root of its component's standard deviation, so that weak ones are heard.
+    centre_KQ
+        Centres, those of the most cells first.
+    """
+
+    gene_H: np.ndarray
+    mean_H: np.ndarray
+    sd_H: np.ndarray
+    axes_HQ: np.ndarray
+    centre_KQ: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.centre_KQ)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Labels of the states: 01, 02, …"""
+        digits = max(2, len(str(len(self))))
+        return tuple(f"{k + 1:0{digits}}" for k in range(len(self)))
+
+    def of(self, counts: sparse.csr_matrix) -> np.ndarray:
+        """Give the state of each cell, 1 … K, int64.
+
+        Parameters
+        ----------
+        counts
+            UMI counts of the modelled genes, shape [N, G].
+        """
+        score_NQ = _scaled(counts, self.gene_H, self.mean_H, self.sd_H) @ self.axes_HQ
+        score_NQ -= (self.mean_H / self.sd_H) @ self.axes_HQ
+        return 1 + np.argmin((self.centre_KQ**2).sum(1) - 2 * score_NQ @ self.centre_KQ.T, axis=1)
+
+    def checked(self, n_genes: int) -> "CellStates":
+        """Refuse arrays that do not belong together or to a model of so many genes."""
+        h, q = self.axes_HQ.shape
+        whole = self.gene_H.dtype.kind == "i" and self.gene_H.shape == self.mean_H.shape == self.sd_H.shape == (h,)
+        if not (whole and self.centre_KQ.ndim == 2 and self.centre_KQ.shape[1] == q and len(self)):
+            raise ValueError("cell states of other types or shapes")
+        if not (((self.gene_H >= 0) & (self.gene_H < n_genes)).all() and (self.sd_H > 0).all()):
+            raise ValueError("cell states out of range")
+        return self
+
+
+def number_of_states(asked: int | str, n_cells: int) -> int:
+    """Say how many states so many training cells are grouped into; 0 = none.
+
+    Parameters
+    ----------
+    asked
+        A number, or ``"auto"``: one for each 100 cells, 8 to 64; none for fewer than 800 cells.
+    n_cells
+        Training cells.
+
+    Raises
+    ------
+    LingshuError
+        If each state asked for would have fewer than 20 cells.
+    """
+    if asked == "auto":
+        n_states = min(n_cells // _CELLS_OF_A_STATE, _MOST_STATES)
+        return n_states if n_states >= _FEWEST_STATES else 0
+    if asked and int(asked) * _LEAST_CELLS > n_cells:
+        raise LingshuError(
+            f"A cell state needs {_LEAST_CELLS} training cells",
+            f"{asked} states of {n_cells:,} cells",
+            f"Ask for {n_cells // _LEAST_CELLS} or fewer with data.states, or for none (0)",
+        )
+    return int(asked)
+
+
+def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: np.ndarray | None = None) -> CellStates:
+    """Group cells by k-means over principal components of their variable genes.
+
+    One thread computes it, so that all processes of a run find the same.
+
+    Parameters
+    ----------
+    counts
+        UMI counts of the modelled genes, shape [N, G].
+    n_states
+        How many groups to look for; those of fewer than 20 cells are given to their neighbours.
+    seed
+        Of k-means.
+    usable_G
+        Genes that may be used, boolean; all when not given.
+
+    Returns
+    -------
+    CellStates
+        With ``n_states`` states or fewer; none where fewer than 200 genes vary, or all cells are alike.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
+    with threadpool_limits(1):
+        gene_H = _variable_genes(counts, usable_G)
+        log_NH = _scaled(counts, gene_H, np.zeros(len(gene_H)), np.ones(len(gene_H))).toarray()
+        mean_H, sd_H = log_NH.mean(0), log_NH.std(0)
+        gene_H, log_NH, mean_H, sd_H = gene_H[sd_H > 0], log_NH[:, sd_H > 0], mean_H[sd_H > 0], sd_H[sd_H > 0]
+        nothing = CellStates(gene_H, mean_H, sd_H, np.zeros((len(gene_H), 0)), np.zeros((0, 0)))
+        if len(gene_H) < FEWEST_GENES:
+            return nothing
+        z_NH = np.minimum((log_NH - mean_H) / sd_H, _MOST_DEVIATIONS)
+        pca = PCA(min(_MOST_COMPONENTS, len(z_NH) - 1), svd_solver="randomized", random_state=seed).fit(z_NH)
+        axes_HQ = pca.components_.T / np.sqrt(np.sqrt(pca.explained_variance_))
+        score_NQ = z_NH @ axes_HQ  # not centred again: clipping moved the means a little
+        found = KMeans(n_states, n_init=5, random_state=seed).fit(score_NQ)
+        n_K = np.bincount(found.labels_, minlength=n_states)
+        order_K = np.argsort(-n_K, kind="stable")
+        return CellStates(gene_H, mean_H, sd_H, axes_HQ, found.cluster_centers_[order_K[n_K[order_K] >= _LEAST_CELLS]])
+
+
+def _variable_genes(counts: sparse.csr_matrix, usable_G: np.ndarray | None) -> np.ndarray:
+    """Indices of the genes, rising, whose log expression varies most beyond the median of genes of like mean."""
+    usable = np.arange(counts.shape[1]) if usable_G is None else np.flatnonzero(usable_G)
+    usable = usable[np.asarray((counts[:, usable] > 0).sum(0)).ravel() >= _LEAST_DETECTIONS]
+    if len(usable) <= _MOST_GENES:
+        return usable
+    log = _scaled(counts, usable, np.zeros(len(usable)), np.ones(len(usable)))
+    mean = np.asarray(log.mean(0)).ravel()
+    variance = np.asarray(log.power(2).mean(0)).ravel() - mean**2
+    beyond = np.log(np.maximum(variance, 1e-12)) - np.log(mean)
+    for like in np.array_split(np.argsort(mean), _BINS_OF_MEAN):
+        spread = np.median(np.abs(beyond[like] - np.median(beyond[like])))
+        beyond[like] = (beyond[like] - np.median(beyond[like])) / max(spread, 1e-12)
+    return usable[np.sort(np.argsort(-beyond, kind="stable")[:_MOST_GENES])]
+
+
+def _scaled(counts: sparse.csr_matrix, gene_H: np.ndarray, mean_H: np.ndarray, sd_H: np.ndarray) -> sparse.csr_matrix:
+    """How many deviations log(1 + counts per 10,000) is above what it is where the count is 0; CSR, N × H."""
+    place_G = np.full(counts.shape[1], -1)
+    place_G[gene_H] = np.arange(len(gene_H))
+    total_N = np.maximum(np.asarray(counts.sum(1), dtype=np.float64).ravel(), 1.0)
+    row_M = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    place_M = place_G[counts.indices]
+    used = place_M >= 0
+    row_M, place_M = row_M[used], place_M[used]
+    log_M = np.log1p(_TARGET_SUM * counts.data[used].astype(np.float64) / total_N[row_M])
+    mean_M, sd_M = mean_H[place_M], sd_H[place_M]
+    if sd_H.all() and mean_H.any():
+        log_M = np.minimum((log_M - mean_M) / sd_M, _MOST_DEVIATIONS) + mean_M / sd_M
+    return sparse.csr_matrix((log_M, (row_M, place_M)), shape=(counts.shape[0], len(gene_H)))

@@ -1,0 +1,171 @@
+"""Cell states: groups that mean something, the same for every process, drawn first and left open where nobody knows."""
+
+import anndata as ad
+import numpy as np
+import pytest
+from conftest import real_cells, tiny_config
+from safetensors.torch import load_file
+from scipy import sparse
+
+from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.data.anndata_io import read_counts
+from lingshu_cell.data.cell_states import CellStates, learn_states, number_of_states
+from lingshu_cell.data.cells_with_states import CellsWithStates, with_states
+from lingshu_cell.data.stored_cells import open_cells
+from lingshu_cell.data.training_set import assemble
+from lingshu_cell.datasets import pbmc3k_path
+from lingshu_cell.errors import LingshuError
+from lingshu_cell.generate import generate, load_model
+from lingshu_cell.model import LingshuCell
+from lingshu_cell.prepare import prepare
+from lingshu_cell.train import train
+
+N_STATES = 6
+
+
+@pytest.fixture(scope="module")
+def cells() -> ad.AnnData:
+    """600 real cells × 400 genes, named types only."""
+    adata = real_cells(650, 400)
+    return adata[adata.obs["cell_type"] != "unassigned"][:600].copy()
+
+
+@pytest.fixture(scope="module")
+def states(cells) -> CellStates:
+    return learn_states(sparse.csr_matrix(cells.X), N_STATES, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(cells, tmp_path_factory):
+    """A short training with states."""
+    out = tmp_path_factory.mktemp("states") / "run"
+    train([cells], out, tiny_config(data={"states": N_STATES}))
+    return out
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_states_of_real_cells_are_of_one_type_mostly():
+    adata = ad.read_h5ad(pbmc3k_path())
+    found = learn_states(sparse.csr_matrix(adata.X), 24, seed=0)
+    state_N, type_N = found.of(adata.X), adata.obs["cell_type"].to_numpy()
+    purity = sum(np.unique(type_N[state_N == k], return_counts=True)[1].max() for k in np.unique(state_N)) / adata.n_obs
+    assert purity > 0.8 and 16 <= len(found) <= 24
+    sizes = np.bincount(state_N)[1:]
+    assert sizes.min() >= 15 and sizes[0] > sizes[-1]
+
+
+def test_state_is_the_nearest_centre_by_the_plain_formula(cells, states):
+    x = cells.X.toarray().astype(float)
+    log = np.log1p(1e4 * x / x.sum(1, keepdims=True))[:, states.gene_H]
+    score = np.minimum((log - states.mean_H) / states.sd_H, 10) @ states.axes_HQ
+    nearest = ((score[:, None] - states.centre_KQ) ** 2).sum(2).argmin(1) + 1
+    assert (states.of(sparse.csr_matrix(cells.X)) == nearest).all()
+    assert len(states) > 2 and (np.bincount(nearest, minlength=len(states) + 1)[1:] > 0).all()
+
+
+def test_groups_are_the_same_each_time_and_none_is_of_a_handful_of_cells(cells, states):
+    again = learn_states(sparse.csr_matrix(cells.X), N_STATES, seed=0)
+    assert all((a == b).all() for a, b in zip(vars(again).values(), vars(states).values(), strict=True))
+    many = learn_states(sparse.csr_matrix(cells.X), 60, seed=0)
+    assert len(many) < 60, "groups of fewer than 20 cells are given to their neighbours"
+
+
+def test_genes_that_a_data_set_lacks_are_not_used(cells):
+    usable = np.arange(cells.n_vars) % 3 > 0
+    assert usable[learn_states(sparse.csr_matrix(cells.X), N_STATES, 0, usable).gene_H].all()
+
+
+@pytest.mark.parametrize(("n_cells", "n"), [(799, 0), (800, 8), (2430, 24), (10**8, 64)])
+def test_number_of_states_by_default(n_cells, n):
+    assert number_of_states("auto", n_cells) == n
+    assert number_of_states(0, n_cells) == 0 and number_of_states(20, n_cells) == 20
+
+
+def test_states_that_cannot_be_are_refused(cells, tmp_path):
+    with pytest.raises(LingshuError, match=r"needs 20 training cells: 50 states of 480 cells\. Ask for 24 or fewer"):
+        train([cells], tmp_path / "run", tiny_config(data={"states": 50}))
+    assert not (tmp_path / "run").exists()
+    few = cells[:, :100].copy()
+    with pytest.raises(LingshuError, match="need 200 genes that vary"):
+        train([few], tmp_path / "run", tiny_config(data={"states": 4}))
+    with pytest.raises(LingshuError, match="states would carry what perturbations do"):
+        tiny_config(data={"states": 4, "perturbation_key": "drug", "control": "none"})
+    with pytest.raises(LingshuError, match="'lingshu_state' is what cell states are called"):
+        tiny_config(data={"condition_keys": ["lingshu_state"]})
+
+
+# --- as a condition -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["memory", "store"])
+def test_every_cell_has_its_state_however_it_is_read(cells, tmp_path, place):
+    if place == "memory":
+        inner = assemble([read_counts(cells)], condition_keys=["cell_type"])
+    else:
+        cells.write_h5ad(tmp_path / "cells.h5ad")
+        prepare([tmp_path / "cells.h5ad"], tmp_path / "store")
+        inner = open_cells(tmp_path / "store", condition_keys=["cell_type"])
+    found = with_states(inner, N_STATES, seed=0)
+    assert isinstance(found, CellsWithStates) and list(found.conditions.fields) == ["lingshu_state", "cell_type"]
+    some = np.asarray(found.validation[:20])
+    rows = found.rows(some)
+    assert (rows.condition_BC == found.condition_rows(some)).all()
+    assert (rows.condition_BC[:, 0] == found.states.of(inner.counts_of(some)[0])).all()
+    assert (rows.condition_BC[:, 1:] == inner.condition_rows(some)).all()
+    drawn, plain = (one.draws(32, 0, 0.0)(3) for one in (found, inner))
+    assert (drawn.condition_BC[:, 1:] == plain.condition_BC).all()
+    known = {tuple(row) for row in found.condition_frequencies()[0].tolist()}
+    assert {tuple(row) for row in drawn.condition_BC.tolist()} <= known
+    assert (drawn.tokens != plain.tokens).nnz == 0
+
+
+def test_resumed_run_keeps_the_states_it_began_with(cells, run, tmp_path):
+    config = tiny_config(data={"states": N_STATES})
+    calls = iter(range(100))
+    out = tmp_path / "run"
+
+    def stop(progress):
+        if next(calls) == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train([cells], out, config, on_progress=stop)
+    train([cells], out, config, resume=True)
+    whole, resumed = (load_checkpoint(one).folder for one in (run, out))
+    for name in ("weights", "conditioning"):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
+        assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+
+
+def test_generated_cells_come_from_all_states_and_a_state_can_be_asked_for(run):
+    model = load_model(run)
+    drawn = generate(model, 60, seed=1)
+    assert drawn.obs["lingshu_state"].nunique() > 2
+    pairs = set(map(tuple, model.conditions.decode(model.condition_rows).astype(str).to_numpy()))
+    assert set(map(tuple, drawn.obs[["lingshu_state", "cell_type"]].astype(str).to_numpy())) <= pairs
+    asked = generate(model, 10, condition={"lingshu_state": "02"})
+    assert set(asked.obs["lingshu_state"]) == {"02"}
+    with pytest.raises(LingshuError, match="'99'"):
+        generate(model, 5, condition={"lingshu_state": "99"})
+
+
+def test_bound_is_measured_with_the_state_left_open(run, cells):
+    model, some = LingshuCell.load(run), cells[:20].copy()
+    open_state = model.nelbo(some, n_masks=2)
+    some.obs["lingshu_state"] = "01"
+    assert model.nelbo(some, n_masks=2) == open_state
+
+
+def test_labels_that_no_training_cell_has_together_are_generated_with_the_state_open(cells, tmp_path):
+    donor = np.where(cells.obs["cell_type"] == "B cells", "D1", "D2")
+    donor[::2][cells.obs["cell_type"][::2] != "B cells"] = "D1"
+    labelled = cells.copy()
+    labelled.obs["donor"] = donor
+    config = tiny_config(data={"states": N_STATES, "condition_keys": ["cell_type", "donor"]}, training={"steps": 4})
+    train([labelled], tmp_path / "run", config)
+    model = load_model(tmp_path / "run")
+    made = generate(model, 6, condition={"cell_type": "B cells", "donor": "D2"}, steps=4)
+    assert made.obs["lingshu_state"].isna().all() and set(made.obs["donor"]) == {"D2"}
+    assert 0.2 < np.asarray(made.X.sum(1)).mean() / np.asarray(cells.X.sum(1)).mean() < 5
