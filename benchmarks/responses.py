@@ -31,6 +31,8 @@ MEAN_BASELINE = "perturbation_mean"  # what the average score is measured from
 CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
 MOST_CELLS = 500  # of each condition
 STEPS = 32
+CLEAR_GENES = 50  # real DE genes of a condition whose single-gene metrics are more than chance
+CLEAR = "average score, clear conditions"
 
 
 @dataclass(frozen=True)
@@ -375,28 +377,44 @@ def cell_of(record: dict[str, Any], path: tuple[str, ...], ceiling: bool = False
     return value
 
 
+def clear_score(place: Path, baseline: Path) -> float | None:
+    """Average score over the conditions with 50 real DE genes or more, against the same conditions of the baseline."""
+    from lingshu_cell.metrics.cell_eval import SEVEN, average_score
+
+    means = []
+    for folder in (place, baseline):
+        table = pd.read_csv(folder / "conditions.csv")
+        kept = table[table["n_de_real"] >= CLEAR_GENES]
+        means.append({name: float(kept[f"cell_eval_{name}"].mean()) for name in SEVEN})
+    return average_score(*means)["average"]
+
+
 def write_table(name: str, screen: Screen, root: Path) -> None:
     """Write the table of all variants that are judged: mean and standard deviation over seeds, and the ceiling."""
     records: dict[str, list[dict[str, Any]]] = {}
+    clear: dict[str, list[float]] = {}
+    against = root / "judged" / f"{MEAN_BASELINE}-seed-0"
     for folder in sorted((root / "judged").glob("*-seed-*")):
-        records.setdefault(folder.name.rsplit("-seed-", 1)[0], []).append(
-            json.loads((folder / "responses.json").read_text())
-        )
+        variant = folder.name.rsplit("-seed-", 1)[0]
+        records.setdefault(variant, []).append(json.loads((folder / "responses.json").read_text()))
+        score = None if variant == MEAN_BASELINE else clear_score(folder, against)
+        clear.setdefault(variant, []).extend([] if score is None else [score])
     others = (*PEERS, *BASELINES)
     order = [v for v in records if v not in others] + [v for v in others if v in records]
     rows, body = [], {}
     for variant in order:
         cells = [variant, len(records[variant])]
-        body[variant] = {}
-        for column, path in COLUMNS.items():
-            values = [v for v in (cell_of(record, path) for record in records[variant]) if v is not None]
-            body[variant][column] = values
+        body[variant] = {CLEAR: clear[variant]} | {
+            column: [v for v in (cell_of(record, path) for record in records[variant]) if v is not None]
+            for column, path in COLUMNS.items()
+        }
+        for values in body[variant].values():
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "–")
         rows.append(cells)
     first = records[order[0]][0]
     real = [cell_of(first, path, ceiling=True) for path in COLUMNS.values()]
-    rows.append(["real cells (ceiling)", "", *("–" if value is None else f"{value:.3f}" for value in real)])
+    rows.append(["real cells (ceiling)", "", "–", *("–" if value is None else f"{value:.3f}" for value in real)])
     costs = [json.loads(path.read_text()) for path in root.glob("*/*/seed-*/cost.json")]
     held_out = (
         "each identity's perturbed cells in turn" if screen.folds == "pairs" else f"{screen.folds} folds of targets"
@@ -406,6 +424,8 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         "seen and which responses are measured against. Truth and prediction have different halves of those.",
         f"Average score: mean over cell-eval's seven metrics of the gain over `{MEAN_BASELINE}`, which has 0. Spread: "
         "standard deviation over seeds of training and generation.",
+        f"{CLEAR[0].upper()}{CLEAR[1:]}: over those with {CLEAR_GENES} DE genes or more between real cells, as with a "
+        "handful of genes DES and Spearman LFC are chance.",
     ]
     if set(order) & set(PEERS):
         notes.append(
@@ -425,7 +445,7 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         "Responses of held-out conditions, foretold.",
         environment(),
         {"variants": body, "costs": costs, "evaluators": first["versions"]},
-        [markdown_table(["", "seeds", *COLUMNS], rows), "\n".join(f"- {note}" for note in notes)],
+        [markdown_table(["", "seeds", CLEAR, *COLUMNS], rows), "\n".join(f"- {note}" for note in notes)],
     )
 
 

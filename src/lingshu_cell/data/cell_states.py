@@ -164,15 +164,13 @@ def _variable_genes(counts: sparse.csr_matrix, usable_G: np.ndarray | None) -> n
 
 def _scaled(counts: sparse.csr_matrix, gene_H: np.ndarray, mean_H: np.ndarray, sd_H: np.ndarray) -> sparse.csr_matrix:
     """How many deviations log(1 + counts per 10,000) is above what it is where the count is 0; CSR, N × H."""
-    place_G = np.full(counts.shape[1], -1)
+    place_G = np.full(counts.shape[1], -1, dtype=np.int32)
     place_G[gene_H] = np.arange(len(gene_H))
     total_N = np.maximum(np.asarray(counts.sum(1), dtype=np.float64).ravel(), 1.0)
-    row_M = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     place_M = place_G[counts.indices]
-    used = place_M >= 0
-    row_M, place_M = row_M[used], place_M[used]
-    log_M = np.log1p(_TARGET_SUM * counts.data[used].astype(np.float64) / total_N[row_M])
-    mean_M, sd_M = mean_H[place_M], sd_H[place_M]
-    if sd_H.all() and mean_H.any():
-        log_M = np.minimum((log_M - mean_M) / sd_M, _MOST_DEVIATIONS) + mean_M / sd_M
-    return sparse.csr_matrix((log_M, (row_M, place_M)), shape=(counts.shape[0], len(gene_H)))
+    used = np.flatnonzero(place_M >= 0)
+    place_M, starts_N = place_M[used], np.searchsorted(used, counts.indptr)
+    log_M = np.log1p(counts.data[used] * np.repeat(_TARGET_SUM / total_N, np.diff(starts_N)))
+    if mean_H.any():
+        log_M = np.minimum((log_M - mean_H[place_M]) / sd_H[place_M], _MOST_DEVIATIONS) + (mean_H / sd_H)[place_M]
+    return sparse.csr_matrix((log_M, place_M, starts_N), shape=(counts.shape[0], len(gene_H)))
