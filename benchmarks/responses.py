@@ -27,7 +27,6 @@ PEERS = ("scvi_counterfactual", "scvi_arithmetic")  # see peers/scvi_responses.p
 PEER_PYTHON = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
 PEER_SECONDS, PEER_GENES = 50, 3000  # CPU time of training, and its most variable genes
 BASELINES = ("control_bootstrap", "perturbation_mean", "context_mean", "additive", "ridge", "nearest_neighbour")
-MEAN_BASELINE = "perturbation_mean"  # what the average score is measured from
 CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
 MOST_CELLS = 500  # of each condition
 STEPS = 32
@@ -60,6 +59,13 @@ class Screen:
     folds: str | int
     settings: dict[str, Any] = field(default_factory=dict)
     embeddings: bool = False
+
+    @property
+    def mean_baseline(self) -> str:
+        """What the average score is measured from: the mean over the training cells of the perturbation, or, where
+        no training cell has it, over all perturbed ones.
+        """
+        return "perturbation_mean" if self.folds == "pairs" else "context_mean"
 
 
 SCREENS = {
@@ -393,11 +399,11 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
     """Write the table of all variants that are judged: mean and standard deviation over seeds, and the ceiling."""
     records: dict[str, list[dict[str, Any]]] = {}
     clear: dict[str, list[float]] = {}
-    against = root / "judged" / f"{MEAN_BASELINE}-seed-0"
+    against = root / "judged" / f"{screen.mean_baseline}-seed-0"
     for folder in sorted((root / "judged").glob("*-seed-*")):
         variant = folder.name.rsplit("-seed-", 1)[0]
         records.setdefault(variant, []).append(json.loads((folder / "responses.json").read_text()))
-        score = None if variant == MEAN_BASELINE else clear_score(folder, against)
+        score = None if variant == screen.mean_baseline else clear_score(folder, against)
         clear.setdefault(variant, []).extend([] if score is None else [score])
     others = (*PEERS, *BASELINES)
     order = [v for v in records if v not in others] + [v for v in others if v in records]
@@ -422,7 +428,7 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
     notes = [
         f"Data: {screen.file}. Held out: {held_out}; and half of all control cells, which no model or baseline has "
         "seen and which responses are measured against. Truth and prediction have different halves of those.",
-        f"Average score: mean over cell-eval's seven metrics of the gain over `{MEAN_BASELINE}`, which has 0. Spread: "
+        f"Average score: mean over cell-eval's seven metrics of the gain over `{screen.mean_baseline}`, which has 0. Spread: "
         "standard deviation over seeds of training and generation.",
         f"{CLEAR[0].upper()}{CLEAR[1:]}: over those with {CLEAR_GENES} DE genes or more between real cells, as with a "
         "handful of genes DES and Spearman LFC are chance.",
@@ -492,7 +498,9 @@ def main() -> None:
     for seed in [] if arguments.table else arguments.seeds:
         for variant in arguments.variants:
             if not (root / "judged" / f"{variant}-seed-{seed}").is_dir():
-                against = None if variant == MEAN_BASELINE else root / "judged" / f"{MEAN_BASELINE}-seed-0"
+                against = (
+                    None if variant == screen.mean_baseline else root / "judged" / f"{screen.mean_baseline}-seed-0"
+                )
                 say(f"{arguments.screen}, {variant}, seed {seed}: judge")
                 run_in_child(judge, screen, root, variant, seed, against)
     write_table(arguments.screen, screen, root)
