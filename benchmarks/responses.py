@@ -428,8 +428,8 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
     notes = [
         f"Data: {screen.file}. Held out: {held_out}; and half of all control cells, which no model or baseline has "
         "seen and which responses are measured against. Truth and prediction have different halves of those.",
-        f"Average score: mean over cell-eval's seven metrics of the gain over `{screen.mean_baseline}`, which has 0. Spread: "
-        "standard deviation over seeds of training and generation.",
+        f"Average score: mean over cell-eval's seven metrics of the gain over `{screen.mean_baseline}`, which has 0. "
+        "Spread: standard deviation over seeds of training and generation.",
         f"{CLEAR[0].upper()}{CLEAR[1:]}: over those with {CLEAR_GENES} DE genes or more between real cells, as with a "
         "handful of genes DES and Spearman LFC are chance.",
     ]
