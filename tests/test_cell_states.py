@@ -1,5 +1,7 @@
 """Cell states: groups that mean something, the same for every process, drawn first and left open where nobody knows."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -70,6 +72,27 @@ def test_groups_are_the_same_each_time_and_none_is_of_a_handful_of_cells(cells, 
     assert all((a == b).all() for a, b in zip(vars(again).values(), vars(states).values(), strict=True))
     many = learn_states(sparse.csr_matrix(cells.X), 60, seed=0)
     assert len(many) < 60, "groups of fewer than 20 cells are given to their neighbours"
+
+
+@pytest.mark.filterwarnings("error")
+def test_cells_of_which_few_differ_are_few_states(cells):
+    copies = sparse.csr_matrix(cells.X)[np.repeat(np.arange(20), 25)]
+    found = learn_states(copies, 22, seed=0)
+    assert len(found) == 20 and len(np.unique(found.of(copies))) == 20
+    assert len(learn_states(copies[:25], 2, seed=0)) == 0, "all cells are alike"
+
+
+def test_damaged_states_are_refused(states):
+    assert states.checked(400) is states
+    for broken in (
+        replace(states, gene_H=states.gene_H + 400),
+        replace(states, sd_H=states.sd_H * 0),
+        replace(states, centre_KQ=states.centre_KQ * np.nan),
+        replace(states, axes_HQ=states.axes_HQ[1:]),
+        replace(states, centre_KQ=states.centre_KQ[:, 1:]),
+    ):
+        with pytest.raises(ValueError, match="cell states"):
+            broken.checked(400)
 
 
 def test_genes_that_a_data_set_lacks_are_not_used(cells):

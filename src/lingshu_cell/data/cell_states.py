@@ -6,6 +6,7 @@ coarse part of it at once (docs/decisions/0011-state-first.md).
 Shapes: N cells, G modelled genes, H variable genes among them, Q principal components, K states.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ FEWEST_GENES = 200
 _MOST_GENES, _MOST_COMPONENTS = 2000, 20
 _TARGET_SUM = 1e4
 _LEAST_DETECTIONS, _BINS_OF_MEAN = 3, 20
-_MOST_DEVIATIONS = 10.0
+_MOST_DEVIATIONS, _LEAST_VARIANCE = 10.0, 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class CellStates:
         whole = self.gene_H.dtype.kind == "i" and self.gene_H.shape == self.mean_H.shape == self.sd_H.shape == (h,)
         if not (whole and self.centre_KQ.ndim == 2 and self.centre_KQ.shape[1] == q and len(self)):
             raise ValueError("cell states of other types or shapes")
-        if not (((self.gene_H >= 0) & (self.gene_H < n_genes)).all() and (self.sd_H > 0).all()):
+        finite = all(np.isfinite(array).all() for array in vars(self).values())
+        if not (finite and ((self.gene_H >= 0) & (self.gene_H < n_genes)).all() and (self.sd_H > 0).all()):
             raise ValueError("cell states out of range")
         return self
 
@@ -127,6 +129,7 @@ def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: 
     """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
 
     with threadpool_limits(1):
         gene_H = _variable_genes(counts, usable_G)
@@ -138,9 +141,12 @@ def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: 
             return nothing
         z_NH = np.minimum((log_NH - mean_H) / sd_H, _MOST_DEVIATIONS)
         pca = PCA(min(_MOST_COMPONENTS, len(z_NH) - 1), svd_solver="randomized", random_state=seed).fit(z_NH)
-        axes_HQ = pca.components_.T / np.sqrt(np.sqrt(pca.explained_variance_))
+        heard = pca.explained_variance_ > _LEAST_VARIANCE * pca.explained_variance_[0]
+        axes_HQ = pca.components_[heard].T / pca.explained_variance_[heard] ** 0.25
         score_NQ = z_NH @ axes_HQ  # not centred again: clipping moved the means a little
-        found = KMeans(n_states, n_init=5, random_state=seed).fit(score_NQ)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different cells than states
+            found = KMeans(n_states, n_init=5, random_state=seed).fit(score_NQ)
         n_K = np.bincount(found.labels_, minlength=n_states)
         order_K = np.argsort(-n_K, kind="stable")
         return CellStates(gene_H, mean_H, sd_H, axes_HQ, found.cluster_centers_[order_K[n_K[order_K] >= _LEAST_CELLS]])
