@@ -106,15 +106,18 @@ class Asked:
 
 
 def folds_of(screen: Screen, obs: pd.DataFrame) -> dict[str, dict[str, list]]:
-    """Name the folds and what each holds out: the ``held_out`` section of a split."""
+    """Name the folds and what each holds out: the ``held_out`` section of a split. A perturbation that has no embedding
+    where it needs one (MARCH8, which is MARCHF8 by now) is always trained.
+    """
     labels = obs[screen.perturbation_key].astype(str)
     if screen.folds == "pairs":
         pairs = obs.assign(**{screen.perturbation_key: labels})[labels != screen.control]
         pairs = pairs[[screen.identity_key, screen.perturbation_key]].astype(str).drop_duplicates()
         return {identity: {"pairs": rows.to_dict("records")} for identity, rows in pairs.groupby(screen.identity_key)}
     names = np.random.default_rng(0).permutation(sorted(set(labels) - {screen.control}))
+    told = set(embedding_table(screen).index) if screen.embeddings else set(names)
     return {
-        f"fold {k + 1}": {"perturbations": sorted(part.tolist())}
+        f"fold {k + 1}": {"perturbations": sorted(set(part.tolist()) & told)}
         for k, part in enumerate(np.array_split(names, int(screen.folds)))
     }
 
@@ -236,7 +239,7 @@ def baseline_fold(screen: Screen, name: str, fold: Path, wanted: list[dict[str, 
         perturbation_key=screen.perturbation_key,
         control=screen.control,
         identity_keys=[screen.identity_key] if screen.identity_key else [],
-        embeddings=embedding_table(screen, fold) if screen.embeddings else None,
+        embeddings=embedding_table(screen) if screen.embeddings else None,
         seed=seed,
     )
     adata.write_h5ad(fold / name / f"seed-{seed}" / "predicted.h5ad")
@@ -258,7 +261,7 @@ def peer_fold(screen: Screen, name: str, fold: Path, wanted: list[dict[str, Any]
     return {"generate_seconds": watch.seconds(), "peer": json.loads(done.stdout.splitlines()[-1])}
 
 
-def embedding_table(screen: Screen, fold: Path) -> pd.DataFrame:
+def embedding_table(screen: Screen) -> pd.DataFrame:
     """Give the embeddings that the model has too, of every perturbation that has one."""
     from lingshu_cell.data.gene_embeddings import read_embeddings
 
