@@ -29,9 +29,11 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "network.transformer_denoiser",
     "check_vcc2026 conditioning data.sources data.store data.training_set engine.gradients metrics.differential "
     "metrics.inputs network.denoiser perturbation_effects response_samples",
-    "baselines conditioning_of_cells data.cells_with_states data.loader data.scan engine.feeder engine.run_state "
-    "evaluate expected_effects export_vcc2026 response_figures response_libraries run_config silenced",
-    "data.store_builder data.stored_cells evaluate_responses request response_section validation_conditions",
+    "baselines conditioning_of_cells data.cells_with_states data.loader data.measured_genes data.scan "
+    "engine.feeder evaluate expected_effects export_vcc2026 response_figures response_libraries run_config "
+    "silenced",
+    "data.store_builder data.stored_cells engine.run_state evaluate_responses request response_section "
+    "validation_conditions",
     "generate prepare response_report train",
     "aligned_cells calibrate calibration console generate_shards report",
     "commands.baseline commands.calibrate commands.config commands.de commands.embeddings commands.export "

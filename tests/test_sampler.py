@@ -148,3 +148,19 @@ def test_seeds_of_different_runs_and_cells_never_meet():
     assert len(np.unique(seeds)) == len(seeds)
     assert (seeds >= 0).all()
     np.testing.assert_array_equal(cell_seeds(3, 10, 5), cell_seeds(3, 0, 15)[10:])
+
+
+def test_unmeasured_genes_stay_hidden_and_the_steps_are_spread_over_the_others():
+    seen, flat = [], Flat(torch.log(torch.eye(N_EXPRESSION_TOKENS)[5]))
+
+    def denoise(x_BG, conditions):
+        seen.append((x_BG != MASK_TOKEN).sum(1).tolist())
+        return flat
+
+    start_BG = torch.full((2, 24), MASK_TOKEN)
+    unmeasured_BG = torch.zeros(2, 24, dtype=torch.bool)
+    unmeasured_BG[0, :12] = True
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    x_BG = sample_cells(denoise, start_BG, none, noise_of(2, 24), [0, 8, 16, 24], unmeasured_BG)
+    assert (x_BG[0, :12] == MASK_TOKEN).all() and (x_BG[0, 12:] == 5).all() and (x_BG[1] == 5).all()
+    assert seen == [[0, 0], [4, 8], [8, 16]]

@@ -22,6 +22,7 @@ from lingshu_cell.config import Config, SetConfig
 from lingshu_cell.curve_store import load_curve
 from lingshu_cell.data.anndata_io import H5adWriter
 from lingshu_cell.data.counts import MOST_COUNTS
+from lingshu_cell.data.measured_genes import MeasuredGenes
 from lingshu_cell.data.tokenizer import decode, encode, token_midpoints
 from lingshu_cell.data.training_set import RareGenes
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary
@@ -66,6 +67,8 @@ class TrainedModel:
         Combinations of conditions seen in training, R × C, and in how many cells each.
     rare
         Genes drawn from their frequency.
+    measured
+        Which genes the training cells of each condition were measured for; ``None``: all.
     curve
         How much the visible genes say about a hidden one; ``None`` where it was not measured.
     """
@@ -80,6 +83,7 @@ class TrainedModel:
     condition_rows: np.ndarray
     condition_row_counts: np.ndarray
     rare: RareGenes
+    measured: MeasuredGenes | None
     curve: InformationCurve | None
 
     @property
@@ -160,6 +164,7 @@ def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | st
         condition_rows=data["condition_rows"].numpy(),
         condition_row_counts=data["condition_row_counts"].numpy(),
         rare=rare,
+        measured=MeasuredGenes.from_tensors(data, len(data["modelled"])),
         curve=None if curve is None else curve.curve,
     )
 
@@ -350,6 +355,12 @@ def plan_cells(
     asked = {"condition": {key: str(value) for key, value in (condition or {}).items()}, "dose": dose, "unseen": unseen}
     limits = {"max_kl": defaults.max_kl if max_kl is None else max_kl}
     silenced, notes = _silenced_columns(model, request, steering)
+    if model.measured is not None:
+        n_unmeasured = (~model.measured.genes(request.rows)).sum(1)
+        notes.append(
+            f"{n_unmeasured.min():,} to {n_unmeasured.max():,} of {len(model.modelled):,} modelled genes are 0, as "
+            "training cells of a cell's conditions were not measured for them"
+        )
     return Plan(
         n_cells,
         first,
@@ -584,7 +595,12 @@ class _Steered:
         start_BG = clamp(start_BG, self._token_of_gene)
         noise = draw_cell_noise(seeds.tolist(), n_genes, model.device)
         with model.autocast():
-            return sample_cells(denoiser, start_BG, conditions, noise, grid.tolist()).cpu().numpy()
+            made_BG = sample_cells(denoiser, start_BG, conditions, noise, grid.tolist(), self._unmeasured(rows))
+        return made_BG.masked_fill_(made_BG == MASK_TOKEN, 0).cpu().numpy()
+
+    def _unmeasured(self, rows: np.ndarray) -> torch.Tensor | None:
+        measured = self._model.measured
+        return None if measured is None else torch.from_numpy(~measured.genes(rows)).to(self._model.device)
 
     def _doses(self, rows: np.ndarray) -> np.ndarray | None:
         dose = self._request.standard_dose

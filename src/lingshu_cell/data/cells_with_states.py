@@ -54,6 +54,10 @@ class CellsWithStates(TrainingCells):
         """Give the condition indices of some cells, the state first."""
         return self._with(self._state_N[cells], self._cells.condition_rows(cells))
 
+    def data_sets_of(self, cells: np.ndarray) -> np.ndarray:
+        """Give the data set of some cells."""
+        return self._cells.data_sets_of(cells)
+
     def doses(self, cells: np.ndarray) -> np.ndarray | None:
         """Give the doses of some cells as read."""
         return self._cells.doses(cells)

@@ -82,6 +82,10 @@ class StoredCells(TrainingCells):
             rows[:, i] = index[self.store.column(key)[cells].astype(np.int64) + 1]
         return rows
 
+    def data_sets_of(self, cells: np.ndarray) -> np.ndarray:
+        """Give the data set of some cells."""
+        return self.store.data_set[cells].astype(np.int64)
+
     def doses(self, cells: np.ndarray) -> np.ndarray | None:
         """Give the doses of some cells as read."""
         return None if self.dose_key is None else self.store.obs(cells, [self.dose_key])[self.dose_key].to_numpy()

@@ -129,6 +129,10 @@ class TrainingCells(ABC):
         """Give the condition indices of some cells, int64, shape [len(cells), C]."""
 
     @abstractmethod
+    def data_sets_of(self, cells: np.ndarray) -> np.ndarray:
+        """Give the data set of some cells: rows of ``measured``, int64."""
+
+    @abstractmethod
     def doses(self, cells: np.ndarray) -> np.ndarray | None:
         """Give the doses of some cells as read; ``None`` where doses are not read."""
 
@@ -236,6 +240,10 @@ class TrainingSet(TrainingCells):
     def condition_rows(self, cells: np.ndarray) -> np.ndarray:
         """Give the condition indices of some cells."""
         return self.condition_NC[cells]
+
+    def data_sets_of(self, cells: np.ndarray) -> np.ndarray:
+        """Give the data set of some cells."""
+        return self.data_set[cells]
 
     def doses(self, cells: np.ndarray) -> np.ndarray | None:
         """Give the doses of some cells as read."""

@@ -22,6 +22,7 @@ def sample_cells(
     conditions: Conditions | Tensor,
     noise: CellNoise,
     visible_counts: Sequence[int],
+    unmeasured_BG: Tensor | None = None,
 ) -> Tensor:
     """Reveal the hidden genes step by step (paper, section 2.5).
 
@@ -41,14 +42,19 @@ def sample_cells(
     visible_counts
         Grid 0 = n_0 < … < n_N = G for a cell with all genes hidden; where genes are given, it is scaled to the hidden
         ones.
+    unmeasured_BG
+        Genes that stay hidden, boolean: those that training cells like these were not measured for, which the network
+        has only ever seen hidden.
 
     Returns
     -------
     Tensor
-        ``x_0_BG``, whole cells: expression tokens 0 … 280 without ``MASK_TOKEN``.
+        ``x_0_BG``, whole cells: expression tokens 0 … 280; ``MASK_TOKEN`` only where a gene stays hidden.
     """
     n_genes = start_BG.shape[1]
     hidden_BG = start_BG == MASK_TOKEN
+    if unmeasured_BG is not None:
+        hidden_BG &= ~unmeasured_BG
     n_hidden_B1 = hidden_BG.sum(1, keepdim=True)
     rank_BG = reveal_ranks(noise.order_BG, hidden_BG)
     edges = torch.as_tensor(visible_counts, device=start_BG.device, dtype=torch.float64) / n_genes

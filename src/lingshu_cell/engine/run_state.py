@@ -15,6 +15,7 @@ from lingshu_cell.checkpoint import load_checkpoint, reading, save_checkpoint
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.config import Config
 from lingshu_cell.data.cell_states import CellStates
+from lingshu_cell.data.measured_genes import MeasuredGenes
 from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.ema import PowerEma
 from lingshu_cell.engine.optimiser import optimiser_tensors, restore_optimiser
@@ -53,6 +54,8 @@ def save(
             "condition_rows": torch.from_numpy(rows),
             "condition_row_counts": torch.from_numpy(row_counts),
         }
+        measured = MeasuredGenes.of_cells(cells, rows)
+        tensors["data"] |= {} if measured is None else measured.to_tensors()
         tensors["conditioning"] = conditioner.to_tensors() or {"none": torch.zeros(0)}
         save_checkpoint(run, manifest["step"], tensors, manifest)
 

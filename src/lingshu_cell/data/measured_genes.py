@@ -1,0 +1,86 @@
+"""Which genes the training cells of each condition were measured for, so that no other gene is generated for it.
+
+Shapes: R condition rows, C condition fields, S data sets, G modelled genes, N cells.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lingshu_cell.data.positions import pieces
+from lingshu_cell.data.training_set import TrainingCells
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredGenes:
+    """Modelled genes by data set, and data sets by condition row.
+
+    Attributes
+    ----------
+    row_RC
+        Condition rows of the training cells.
+    of_row_RS
+        Which data sets have cells of each row, boolean.
+    measured_SG
+        Which genes each data set measured, boolean.
+    """
+
+    row_RC: np.ndarray
+    of_row_RS: np.ndarray
+    measured_SG: np.ndarray
+
+    @classmethod
+    def of_cells(cls, cells: TrainingCells, row_RC: np.ndarray) -> "MeasuredGenes | None":
+        """Look which data sets the training cells of each condition row are from; ``None`` where all sets measured all
+        genes.
+        """
+        if cells.measured.all():
+            return None
+        place = {tuple(row): r for r, row in enumerate(row_RC.tolist())}
+        of_row_RS = np.zeros((len(row_RC), len(cells.measured)), dtype=bool)
+        for piece in pieces(cells.train):
+            row_B = [place[tuple(row)] for row in cells.condition_rows(piece).tolist()]
+            of_row_RS[row_B, cells.data_sets_of(piece)] = True
+        return cls(row_RC, of_row_RS, cells.measured)
+
+    def genes(self, condition_NC: np.ndarray) -> np.ndarray:
+        """Give the genes that some data set with cells of a condition measured, boolean, N × G.
+
+        A row that no training cell has gets those of the rows that agree with it in what is known (not 0); where none
+        does, all genes.
+        """
+        distinct, place_N = np.unique(condition_NC, axis=0, return_inverse=True)
+        found = np.ones((len(distinct), self.measured_SG.shape[1]), dtype=bool)
+        for i, row in enumerate(distinct):
+            sets_S = self.of_row_RS[((self.row_RC == row) | (row == 0)).all(1)].any(0)
+            if sets_S.any():
+                found[i] = self.measured_SG[sets_S].any(0)
+        return found[place_N.reshape(-1)]
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Give what a checkpoint keeps beside the condition rows."""
+        return {
+            "measured": torch.from_numpy(self.measured_SG),
+            "condition_row_data_sets": torch.from_numpy(self.of_row_RS),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], n_genes: int) -> "MeasuredGenes | None":
+        """Make it anew from the arrays of a checkpoint; ``None`` where it keeps none.
+
+        Raises
+        ------
+        ValueError
+            If the arrays do not fit together.
+        """
+        if "measured" not in tensors:
+            return None
+        made = cls(*(tensors[name].numpy() for name in ("condition_rows", "condition_row_data_sets", "measured")))
+        fits = made.measured_SG.ndim == 2 and made.of_row_RS.shape == (len(made.row_RC), len(made.measured_SG))
+        if not (
+            fits and made.measured_SG.shape[1] == n_genes and made.of_row_RS.dtype == made.measured_SG.dtype == bool
+        ):
+            raise ValueError("measured genes of other types or shapes")
+        return made
