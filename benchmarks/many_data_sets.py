@@ -84,7 +84,7 @@ def make_cells(names: list[str], n_cells: int) -> None:
 def train_model(source: str, run: str, seconds: float, keys: list[str]) -> dict[str, Any]:
     """Train for so many CPU seconds of training steps; the learning rate follows them."""
     settings = [f"training.max_seconds={seconds}", "training.steps=1000000", "data.min_coverage=0.0"]
-    settings += ["training.validate_every=1000000", "training.checkpoint_every=1000000"]
+    settings += ["training.validate_every=1000000", "training.checkpoint_every=1000000", "data.states=0"]
     settings += ["training.balance=1.0"] if keys else []
     config = run_config([source], Path(run), settings=settings, condition_keys=keys)
     result = train([source], run, config, on_note=say, clock=time.process_time)
