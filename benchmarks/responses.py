@@ -444,7 +444,7 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         )
     if set(order) - set(BASELINES) - set(PEERS):
         notes.append(
-            f"Training: `{json.dumps(screen.settings)}`; generation: {STEPS} steps, at most {MOST_CELLS} cells a "
+            f"Training: `{json.dumps(screen.settings).replace(f'{ROOT}/', '')}`; generation: {STEPS} steps, at most {MOST_CELLS} cells a "
             f"condition, {CONTROLS} generated controls of each identity for the false-DE rate."
         )
     else:
