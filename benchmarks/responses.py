@@ -443,8 +443,9 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
             "`counterfactual` decodes control cells under the perturbation, `arithmetic` shifts their latents."
         )
     if set(order) - set(BASELINES) - set(PEERS):
+        settings = json.dumps(screen.settings).replace(f"{ROOT}/", "")
         notes.append(
-            f"Training: `{json.dumps(screen.settings).replace(f'{ROOT}/', '')}`; generation: {STEPS} steps, at most {MOST_CELLS} cells a "
+            f"Training: `{settings}`; generation: {STEPS} steps, at most {MOST_CELLS} cells a "
             f"condition, {CONTROLS} generated controls of each identity for the false-DE rate."
         )
     else:
