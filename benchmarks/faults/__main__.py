@@ -55,6 +55,7 @@ def main() -> None:
                 progress.unlink(missing_ok=True)
             found = campaign.Campaign(Path(scratch), commands, options.seed, options.jobs, options.kills, progress)
             for part in found.run(left):
+                part["problems"] = [one.replace(scratch, "…") for one in part["problems"]]
                 done[part["part"]] = part
                 (KEPT / f"{part['part']}.json").write_text(json.dumps(part))
     sections = [done[part]["section"] for part in options.parts]
