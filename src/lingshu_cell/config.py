@@ -218,7 +218,7 @@ class GenerationConfig(_Section):
     """How cells are generated from a trained run."""
 
     steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        64, description="Network evaluations per cell, or auto: the fewest that keep to max_kl."
+        16, description="Network evaluations per cell, or auto: the fewest that keep to max_kl."
     )
     schedule: Literal["auto", "optimal", "geometric", "cosine", "uniform"] = Field(
         "auto",
