@@ -14,10 +14,10 @@ from torch import Tensor
 from lingshu_cell.conditioning import Conditioner
 from lingshu_cell.data.anndata_io import CountMatrix
 from lingshu_cell.data.tokenizer import encode
-from lingshu_cell.data.vocabulary import STATE_FIELD, align_genes, apply_alignment
+from lingshu_cell.data.vocabulary import align_genes, apply_alignment
 from lingshu_cell.generate import TrainedModel
 from lingshu_cell.network.conditions import Conditions
-from lingshu_cell.tokens import MASK_TOKEN
+from lingshu_cell.tokens import MASK_TOKEN, STATE_FIELD
 
 
 @dataclass(frozen=True, eq=False)

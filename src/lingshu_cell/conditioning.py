@@ -17,9 +17,10 @@ from lingshu_cell.data.cell_states import CellStates
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings
 from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
 from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects
-from lingshu_cell.data.vocabulary import STATE_FIELD, ConditionVocabulary
+from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.network.conditions import Conditions, Profiles
 from lingshu_cell.network.set_denoiser import ConditionSizes
+from lingshu_cell.tokens import STATE_FIELD
 
 LEAST_CONTEXT_CELLS = 8
 CELLS_OF_OVERALL = 4

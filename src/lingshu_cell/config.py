@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lingshu_cell.data.vocabulary import STATE_FIELD
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import read_toml
+from lingshu_cell.tokens import STATE_FIELD
 
 _MOST_WEIGHTS = 1 << 37
 _MOST_CELLS_AT_ONCE = 1 << 20

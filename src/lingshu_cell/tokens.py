@@ -1,5 +1,5 @@
-"""The numbers every layer must agree on: how many expression tokens there are, which token hides a gene, and the
-pseudocount of effects.
+"""What every layer must agree on: how many expression tokens there are, which token hides a gene, the pseudocount of
+effects, and the name of cell states.
 """
 
 N_EXPRESSION_TOKENS = 281
@@ -14,3 +14,6 @@ EFFECT_PSEUDOCOUNT = 1e-4
 """ε of effects, differences of log(share of all counts + ε): one count in a cell of 10,000 (docs/log.md: ½ to 2 are
 alike).
 """
+
+STATE_FIELD = "lingshu_state"
+"""The condition field of cell states, which training finds by itself, and their column in obs."""

@@ -12,8 +12,9 @@ from scipy import sparse
 from lingshu_cell.data.cell_states import FEWEST_GENES, CellStates, learn_states
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.training_set import CellRows, TrainingCells, counts_of_tokens
-from lingshu_cell.data.vocabulary import STATE_FIELD, ConditionVocabulary
+from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.tokens import STATE_FIELD
 
 _CELLS_TO_LEARN_FROM = 8192
 _CELLS_AT_ONCE = 4096

@@ -14,7 +14,6 @@ from lingshu_cell.errors import LingshuError, offenders
 
 MIN_COVERAGE = 0.5
 ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "ensembl_gene_id", "ensembl", "feature_id")
-STATE_FIELD = "lingshu_state"  # condition of cell states, which the product finds by itself
 SYMBOL_COLUMNS = ("gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol", "symbols", "feature_name")
 
 # Vertebrate Ensembl ids may carry a version suffix; a dot in other names (Y74C9A.3, AL627309.1) belongs to the name.
