@@ -53,6 +53,7 @@ test: $(STAMP) browser
 # benchmarks/README.md says what each line measures and how long it takes.
 BENCH := $(BIN)/python benchmarks
 PBMC := build/fidelity/fidelity-pbmc3k
+PBMC8 := build/fidelity/fidelity-pbmc8k
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow --timeout 0
 	PYTHON=$(PYTHON) benchmarks/peers/make_venv.sh
@@ -62,7 +63,9 @@ bench: $(STAMP)
 	  else echo "$$data is not here: left out"; fi; \
 	done
 	$(BENCH)/paper_step.py
-	$(BENCH)/steps_front.py $(PBMC)/small/run $(PBMC)/heldout.h5ad $(PBMC)/train.h5ad
+	$(BENCH)/steps_front.py $(PBMC)/small/run $(PBMC)/heldout.h5ad $(PBMC)/train.h5ad --steps 8,16,64 --schedules optimal --name steps_front-pbmc3k
+	@if test -d $(PBMC8)/small; then \
+	  $(BENCH)/steps_front.py $(PBMC8)/small/run $(PBMC8)/heldout.h5ad $(PBMC8)/train.h5ad --steps 4,8,16,64 --schedules optimal; fi
 	$(BENCH)/demo_time.py
 	$(BENCH)/compare_parts.py heads
 	$(BENCH)/compare_parts.py encoders
@@ -76,8 +79,9 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BENCH)/planner.py
 	$(BENCH)/malformed.py --mutations 20
 	$(BENCH)/export_vcc2026.py --cells 20000 360000 --pool 12 1
-	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm papalexi; do \
+	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm; do \
 	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \
+	  $(BENCH)/responses.py papalexi --variants context_mean control_bootstrap ridge nearest_neighbour ours; \
 	else echo "kang_ifnb is not here: left out"; fi
 	OMP_NUM_THREADS=1 $(BENCH)/faults
 
