@@ -47,5 +47,5 @@ def test_spread_out_on_a_device_they_are_the_tokens_of_the_cells(cells):
     for given in (spread(rows, torch.device("cpu")), tokens_on(rows, torch.device("cpu"))):
         assert given.dtype == torch.int16
         torch.testing.assert_close(given, expected)
-    nothing = CellRows(sparse.csr_matrix((3, 5), dtype=np.int16), None, np.zeros((3, 0)), None, None)
+    nothing = CellRows(np.arange(3), sparse.csr_matrix((3, 5), dtype=np.int16), None, np.zeros((3, 0)), None, None)
     assert spread(nothing, torch.device("cpu")).tolist() == [[0] * 5] * 3

@@ -58,7 +58,8 @@ def test_cells_drawn_from_all_conditions_each_keep_to_their_own(model, two_sets)
 
 
 def test_note_is_kept_with_the_cells(model):
-    assert "condition" in provenance(model, plan_cells(model, 4))
+    notes = provenance(model, plan_cells(model, 4))["steering"]["notes"]
+    assert "modelled genes are 0" in " ".join(notes)
 
 
 def test_one_data_set_has_nothing_to_hide(trained_run):

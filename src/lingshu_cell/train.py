@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from lingshu_cell.engine.gradients import Gradients
 from lingshu_cell.engine.minibatch import Share, StepDraws, first_rows, parts_of
 from lingshu_cell.engine.optimiser import build_optimiser, clip, learning_rate
 from lingshu_cell.engine.processes import World, pick_device, processes
-from lingshu_cell.engine.run_state import describe, restore, save, saved_states
+from lingshu_cell.engine.run_state import data_tables, describe, restore, save, saved_states
 from lingshu_cell.engine.sharding import HeldNetwork
 from lingshu_cell.engine.stopping import Losses, stop_signals
 from lingshu_cell.errors import LingshuError
@@ -389,21 +389,24 @@ class _Trainer:
         """Tokens and conditions of some cells; with uniforms as in training: random contexts, library sizes and states,
         which are left open else.
         """
-        x_0_BG, condition_BC = tokens_on(rows, self.device), rows.condition_BC
+        x_0_BG = tokens_on(rows, self.device)
         in_training = context_uniform_B is not None
-        if self.conditioner.has_states and not in_training:
-            condition_BC = condition_BC.copy()
-            condition_BC[:, 0] = 0
         conditions = self.conditioner.conditions(
-            condition_BC,
-            dose_N=standard_doses(rows.dose_B, condition_BC, self.conditioner),
+            rows.condition_BC,
+            dose_N=standard_doses(rows.dose_B, rows.condition_BC, self.conditioner),
             log_depth_N=np.log(np.maximum(rows.library_B, 1)) if in_training else None,
             context_uniform_N=context_uniform_B,
         )
+        if self.conditioner.has_states and not in_training:
+            conditions = conditions.without_category(0, torch.zeros(len(conditions), dtype=torch.bool))
         return x_0_BG, conditions.to(self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    @cached_property
+    def _data_tables(self) -> dict[str, Tensor]:
+        return data_tables(self.cells)
 
     def _save(self) -> None:
         save(
@@ -412,7 +415,8 @@ class _Trainer:
             self.held,
             self.averages,
             self.optimiser,
-            (self.cells, self.conditioner),
+            self.conditioner,
+            lambda: self._data_tables,
             self._manifest(),
         )
         self.saved_step = self.step

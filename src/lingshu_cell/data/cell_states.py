@@ -63,8 +63,10 @@ class CellStates:
         counts
             UMI counts of the modelled genes, shape [N, G].
         """
-        score_NQ = _scaled(counts, self.gene_H, self.mean_H, self.sd_H) @ self.axes_HQ
-        score_NQ -= (self.mean_H / self.sd_H) @ self.axes_HQ
+        log_NH, at_zero_H = _log_shares(counts, self.gene_H), self.mean_H / self.sd_H
+        deviation_M = (log_NH.data - self.mean_H[log_NH.indices]) / self.sd_H[log_NH.indices]
+        log_NH.data = np.minimum(deviation_M, _MOST_DEVIATIONS) + at_zero_H[log_NH.indices]
+        score_NQ = log_NH @ self.axes_HQ - at_zero_H @ self.axes_HQ
         return 1 + np.argmin((self.centre_KQ**2).sum(1) - 2 * score_NQ @ self.centre_KQ.T, axis=1)
 
     def checked(self, n_genes: int) -> "CellStates":
@@ -133,7 +135,7 @@ def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: 
 
     with threadpool_limits(1):
         gene_H = _variable_genes(counts, usable_G)
-        log_NH = _scaled(counts, gene_H, np.zeros(len(gene_H)), np.ones(len(gene_H))).toarray()
+        log_NH = _log_shares(counts, gene_H).toarray()
         mean_H, sd_H = log_NH.mean(0), log_NH.std(0)
         gene_H, log_NH, mean_H, sd_H = gene_H[sd_H > 0], log_NH[:, sd_H > 0], mean_H[sd_H > 0], sd_H[sd_H > 0]
         nothing = CellStates(gene_H, mean_H, sd_H, np.zeros((len(gene_H), 0)), np.zeros((0, 0)))
@@ -158,7 +160,7 @@ def _variable_genes(counts: sparse.csr_matrix, usable_G: np.ndarray | None) -> n
     usable = usable[np.asarray((counts[:, usable] > 0).sum(0)).ravel() >= _LEAST_DETECTIONS]
     if len(usable) <= _MOST_GENES:
         return usable
-    log = _scaled(counts, usable, np.zeros(len(usable)), np.ones(len(usable)))
+    log = _log_shares(counts, usable)
     mean = np.asarray(log.mean(0)).ravel()
     variance = np.asarray(log.power(2).mean(0)).ravel() - mean**2
     beyond = np.log(np.maximum(variance, 1e-12)) - np.log(mean)
@@ -168,15 +170,13 @@ def _variable_genes(counts: sparse.csr_matrix, usable_G: np.ndarray | None) -> n
     return usable[np.sort(np.argsort(-beyond, kind="stable")[:_MOST_GENES])]
 
 
-def _scaled(counts: sparse.csr_matrix, gene_H: np.ndarray, mean_H: np.ndarray, sd_H: np.ndarray) -> sparse.csr_matrix:
-    """How many deviations log(1 + counts per 10,000) is above what it is where the count is 0; CSR, N × H."""
+def _log_shares(counts: sparse.csr_matrix, gene_H: np.ndarray) -> sparse.csr_matrix:
+    """log(1 + counts per 10,000) of some genes, CSR, N × H."""
     place_G = np.full(counts.shape[1], -1, dtype=np.int32)
     place_G[gene_H] = np.arange(len(gene_H))
     total_N = np.maximum(np.asarray(counts.sum(1), dtype=np.float64).ravel(), 1.0)
     place_M = place_G[counts.indices]
     used = np.flatnonzero(place_M >= 0)
-    place_M, starts_N = place_M[used], np.searchsorted(used, counts.indptr)
+    starts_N = np.searchsorted(used, counts.indptr)
     log_M = np.log1p(counts.data[used] * np.repeat(_TARGET_SUM / total_N, np.diff(starts_N)))
-    if mean_H.any():
-        log_M = np.minimum((log_M - mean_H[place_M]) / sd_H[place_M], _MOST_DEVIATIONS) + (mean_H / sd_H)[place_M]
-    return sparse.csr_matrix((log_M, place_M, starts_N), shape=(counts.shape[0], len(gene_H)))
+    return sparse.csr_matrix((log_M, place_M[used], starts_N), shape=(counts.shape[0], len(gene_H)))

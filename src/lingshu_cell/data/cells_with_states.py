@@ -11,7 +11,7 @@ from scipy import sparse
 
 from lingshu_cell.data.cell_states import FEWEST_GENES, CellStates, learn_states
 from lingshu_cell.data.positions import pieces
-from lingshu_cell.data.training_set import CellRows, TrainingCells, counts_of_tokens
+from lingshu_cell.data.training_set import CellRows, TrainingCells
 from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.tokens import STATE_FIELD
@@ -48,12 +48,11 @@ class CellsWithStates(TrainingCells):
 
     def rows(self, cells: np.ndarray) -> CellRows:
         """Give some cells, with library sizes."""
-        found = self._cells.rows(cells)
-        return replace(found, condition_BC=self._with(self._state_N[cells], found.condition_BC))
+        return self._told(self._cells.rows(cells))
 
     def condition_rows(self, cells: np.ndarray) -> np.ndarray:
         """Give the condition indices of some cells, the state first."""
-        return self._with(self._state_N[cells], self._cells.condition_rows(cells))
+        return self._with_states(cells, self._cells.condition_rows(cells))
 
     def data_sets_of(self, cells: np.ndarray) -> np.ndarray:
         """Give the data set of some cells."""
@@ -76,17 +75,13 @@ class CellsWithStates(TrainingCells):
     ) -> Callable[[int], CellRows]:
         """Draw cells as ever; balance counts the other conditions only."""
         draw = self._cells.draws(minibatch_size, seed, balance, rank, world_size)
+        return lambda step: self._told(draw(step))
 
-        def drawn(step: int) -> CellRows:
-            found = draw(step)
-            state_B = self.states.of(counts_of_tokens(found.tokens))
-            return replace(found, condition_BC=self._with(state_B, found.condition_BC))
+    def _told(self, rows: CellRows) -> CellRows:
+        return replace(rows, condition_BC=self._with_states(rows.cells, rows.condition_BC))
 
-        return drawn
-
-    @staticmethod
-    def _with(state_B: np.ndarray, condition_BC: np.ndarray) -> np.ndarray:
-        return np.concatenate([state_B.astype(np.int64)[:, None], condition_BC], axis=1)
+    def _with_states(self, cells: np.ndarray, condition_BC: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._state_N[cells].astype(np.int64)[:, None], condition_BC], axis=1)
 
 
 def with_states(

@@ -41,8 +41,9 @@ class MeasuredGenes:
         place = {tuple(row): r for r, row in enumerate(row_RC.tolist())}
         of_row_RS = np.zeros((len(row_RC), len(cells.measured)), dtype=bool)
         for piece in pieces(cells.train):
-            row_B = [place[tuple(row)] for row in cells.condition_rows(piece).tolist()]
-            of_row_RS[row_B, cells.data_sets_of(piece)] = True
+            labels = np.column_stack([cells.condition_rows(piece), cells.data_sets_of(piece)])
+            for *row, data_set in np.unique(labels, axis=0).tolist():
+                of_row_RS[place[tuple(row)], data_set] = True
         return cls(row_RC, of_row_RS, cells.measured)
 
     def genes(self, condition_NC: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ class StoredCells(TrainingCells):
 
     def _as_rows(self, tokens: sparse.csr_matrix, cells: np.ndarray, library: np.ndarray | None) -> CellRows:
         unmeasured_BG = None if self.measured.all() else ~self.measured[self.store.data_set[cells]]
-        return CellRows(tokens, unmeasured_BG, self.condition_rows(cells), self.doses(cells), library)
+        return CellRows(cells, tokens, unmeasured_BG, self.condition_rows(cells), self.doses(cells), library)
 
     @cached_property
     def _column_of(self) -> np.ndarray:

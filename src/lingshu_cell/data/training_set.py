@@ -54,6 +54,8 @@ class CellRows:
 
     Attributes
     ----------
+    cells
+        Their positions, int64.
     tokens
         Expression tokens of the modelled genes, CSR int16, B × G, zeros not stored.
     unmeasured_BG
@@ -66,6 +68,7 @@ class CellRows:
         Modelled UMI, int64; ``None`` where nobody needs them.
     """
 
+    cells: np.ndarray
     tokens: sparse.csr_matrix
     unmeasured_BG: np.ndarray | None
     condition_BC: np.ndarray
@@ -235,7 +238,7 @@ class TrainingSet(TrainingCells):
         """Give some cells, with library sizes."""
         unmeasured_BG = None if self.measured.all() else ~self.measured[self.data_set[cells]]
         labels = self.condition_NC[cells], self.doses(cells), self.library[cells]
-        return CellRows(self.tokens[cells], unmeasured_BG, *labels)
+        return CellRows(cells, self.tokens[cells], unmeasured_BG, *labels)
 
     def condition_rows(self, cells: np.ndarray) -> np.ndarray:
         """Give the condition indices of some cells."""

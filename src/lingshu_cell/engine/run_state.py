@@ -4,7 +4,7 @@ back.
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ def save(
     held: HeldNetwork,
     averages: Sequence[PowerEma],
     optimiser: torch.optim.Optimizer,
-    data: tuple[TrainingCells, Conditioner],
+    conditioner: Conditioner,
+    tables: Callable[[], dict[str, torch.Tensor]],
     manifest: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint: all processes bring their parts to the first, which writes."""
-    cells, conditioner = data
+    """Write a checkpoint: all processes bring their parts to the first, which writes, with the tables of
+    :func:`data_tables`.
+    """
     tensors = {
         "weights": held.whole(held.parts),
         **{f"ema_{ema.sigma_rel:.2f}": held.whole(ema.weights) for ema in averages},
@@ -45,21 +47,26 @@ def save(
     }
 
     def write() -> None:
-        rows, row_counts = cells.condition_frequencies()
         tensors["buffers"] = held.buffers() or {"none": torch.zeros(0)}
-        tensors["data"] = {
-            "modelled": torch.from_numpy(cells.modelled),
-            "rare_gene": torch.from_numpy(cells.rare.gene),
-            "rare_count": torch.from_numpy(cells.rare.count),
-            "condition_rows": torch.from_numpy(rows),
-            "condition_row_counts": torch.from_numpy(row_counts),
-        }
-        measured = MeasuredGenes.of_cells(cells, rows)
-        tensors["data"] |= {} if measured is None else measured.to_tensors()
+        tensors["data"] = tables()
         tensors["conditioning"] = conditioner.to_tensors() or {"none": torch.zeros(0)}
         save_checkpoint(run, manifest["step"], tensors, manifest)
 
     world.agreed(write, only_first=True)
+
+
+def data_tables(cells: TrainingCells) -> dict[str, torch.Tensor]:
+    """Make the tables of the data that a checkpoint keeps; labels of all training cells are read for them."""
+    rows, row_counts = cells.condition_frequencies()
+    measured = MeasuredGenes.of_cells(cells, rows)
+    return {
+        "modelled": torch.from_numpy(cells.modelled),
+        "rare_gene": torch.from_numpy(cells.rare.gene),
+        "rare_count": torch.from_numpy(cells.rare.count),
+        "condition_rows": torch.from_numpy(rows),
+        "condition_row_counts": torch.from_numpy(row_counts),
+        **({} if measured is None else measured.to_tensors()),
+    }
 
 
 def restore(
