@@ -10,16 +10,16 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lingshu_cell"
 PACKAGE = SOURCE.name
 
 ROWS = (  # from the bottom up: each module stands one row above the highest that it imports
-    "checksums claims commands data data.condition_sums data.effect_regression data.positions datasets diffusion "
+    "checksums claims commands data data.condition_rows data.effect_regression data.positions datasets diffusion "
     "diffusion.randomness ema engine errors figures interruption judgement metrics metrics.cell_types "
     "metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
     "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.layers "
     "network.rates tokens",
-    "arguments data.cell_states data.condition_labels data.containers data.counts data.effects data.hdf5_output "
-    "data.labels data.quality data.splits data.tokenizer data.vocabulary diffusion.noising diffusion.schedule "
-    "engine.stopping input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 "
+    "arguments data.cell_states data.condition_labels data.condition_sums data.containers data.counts "
+    "data.hdf5_output data.labels data.quality data.splits data.tokenizer data.vocabulary diffusion.noising "
+    "diffusion.schedule engine.stopping input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 "
     "network.average_cell network.distribution network.perturbation output_files response_judgement",
-    "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.gene_embeddings "
+    "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
     "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store history "
     "network.compression network.gate_head pages wanted_cells",

@@ -72,12 +72,14 @@ def test_rows_that_no_training_cell_has_get_the_genes_of_those_like_them():
         np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=bool),
         np.eye(3, dtype=bool),
     )
-    wanted = np.array([[1, 1], [1, 0], [0, 2], [2, 1], [0, 0]])
-    expected = [[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
-    assert table.genes(wanted).astype(int).tolist() == expected
+    wanted = np.array([[1, 1], [1, 0], [0, 2], [2, 1], [0, 0], [3, 1]])
+    expected = [[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert table.genes(wanted, None).astype(int).tolist() == expected
+    expected[3] = [0, 0, 1]  # as its identity's
+    assert table.genes(wanted, 1).astype(int).tolist() == expected
     saved = {"condition_rows": torch.from_numpy(table.row_RC), **table.to_tensors()}
     again = MeasuredGenes.from_tensors(saved, 3)
-    assert (again.genes(wanted) == table.genes(wanted)).all()
+    assert (again.genes(wanted, 1) == table.genes(wanted, 1)).all()
     for name in ("measured", "condition_row_data_sets"):
         with pytest.raises(ValueError, match="measured genes of other types or shapes"):
             MeasuredGenes.from_tensors({**saved, name: saved[name][:2]}, 3)

@@ -14,6 +14,7 @@ import torch
 from scipy import sparse
 
 from lingshu_cell.data.cell_states import CellStates
+from lingshu_cell.data.condition_rows import find_rows, rows_like
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings
 from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
 from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects
@@ -50,7 +51,7 @@ class ContextTable:
         """Give the profile of each cell, 0 = none: that of all control cells, or the random part that uniforms say."""
         if not len(self.first_I):
             return np.zeros(len(identity_NC), dtype=np.int64)
-        place = _find_rows(self.identity_IC, identity_NC)
+        place = find_rows(self.identity_IC, identity_NC)
         known = place >= 0
         row = np.where(known, self.first_I[place], 0)
         if uniform_N is not None:
@@ -75,7 +76,7 @@ class EffectTable:
 
     def rows(self, condition_NC: np.ndarray) -> np.ndarray:
         """Give the effect of each cell, 0 = none."""
-        return np.maximum(_find_rows(self.condition_KC[1:], condition_NC) + 1, 0)
+        return np.maximum(find_rows(self.condition_KC[1:], condition_NC) + 1, 0)
 
 
 def quantile_levels(n: int) -> np.ndarray:
@@ -101,24 +102,16 @@ class DepthTable:
         return mean, max(square - mean**2, 0.0) ** 0.5
 
     def draw(self, condition_NC: np.ndarray, uniform_N: np.ndarray, perturbation_field: int | None) -> np.ndarray:
-        """Draw a log library size for each cell; a condition row not seen in training is as deep as the rows that
-        agree with it in all fields that are known but the perturbation, or else as all cells.
+        """Draw a log library size for each cell; a condition row that no training cell has is as deep as those like it
+        are on average (:func:`~lingshu_cell.data.condition_rows.rows_like`).
         """
-        place = _find_rows(self.condition_RC, condition_NC)
-        drawn = np.empty(len(place))
+        drawn_N = np.empty(len(condition_NC))
         at = quantile_levels(self.log_quantile_RU.shape[1])
         for row in np.unique(condition_NC, axis=0):
             cells = (condition_NC == row).all(1)
-            if place[cells][0] >= 0:
-                quantiles = self.log_quantile_RU[place[cells][0]]
-            else:
-                same = (self.condition_RC == row) | (row == 0)
-                if perturbation_field is not None:
-                    same[:, perturbation_field] = True
-                alike = same.all(1)
-                quantiles = self.log_quantile_RU[alike if alike.any() else slice(None)].mean(0)
-            drawn[cells] = np.interp(uniform_N[cells], at, quantiles)
-        return drawn
+            quantiles = self.log_quantile_RU[rows_like(self.condition_RC, row, perturbation_field)].mean(0)
+            drawn_N[cells] = np.interp(uniform_N[cells], at, quantiles)
+        return drawn_N
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,9 +365,3 @@ def _profiles(table_KJG: np.ndarray, row_N: np.ndarray) -> Profiles:
     rows = np.concatenate([[0], rows[rows > 0]])
     place = np.searchsorted(rows, row_N)
     return Profiles(torch.from_numpy(table_KJG[rows]), torch.from_numpy(place))
-
-
-def _find_rows(table_RC: np.ndarray, wanted_NC: np.ndarray) -> np.ndarray:
-    """Give the place of each wanted row in a table of rows, -1 where it is not there."""
-    place = {tuple(row): i for i, row in enumerate(table_RC.tolist())}
-    return np.array([place.get(tuple(row), -1) for row in wanted_NC.tolist()], dtype=np.int64)

@@ -21,6 +21,7 @@ from lingshu_cell.conditioning import (
 )
 from lingshu_cell.config import Config
 from lingshu_cell.data.condition_labels import canonical_name
+from lingshu_cell.data.condition_rows import find_rows
 from lingshu_cell.data.condition_sums import ContextSums, LibrarySample, Taker
 from lingshu_cell.data.effects import GroupSums, effects_of_sums
 from lingshu_cell.data.gene_embeddings import concatenate, read_embeddings
@@ -130,7 +131,7 @@ class _EffectSums:
         self.key_R = [(name, spelt[row[field] - 1]) for name, row in zip(names, row_RC, strict=True)]
         self.keys = sorted(set(self.key_R))
         place = {key: number for number, key in enumerate(self.keys)}
-        self._group_of = {tuple(row): place[key] for row, key in zip(row_RC.tolist(), self.key_R, strict=True)}
+        self._group_R = np.array([place[key] for key in self.key_R])
         self.sums = GroupSums(len(self.keys), n_genes)
 
     def wants(self, condition_BC: np.ndarray) -> np.ndarray:
@@ -139,7 +140,7 @@ class _EffectSums:
 
     def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
         """Take in cells."""
-        self.sums.add(counts, np.array([self._group_of[tuple(row)] for row in condition_BC.tolist()]))
+        self.sums.add(counts, self._group_R[find_rows(self.row_RC, condition_BC)])
 
 
 def _with_prior_effects(conditioner: Conditioner, cells: TrainingCells, sums: _EffectSums, seed: int) -> Conditioner:

@@ -356,7 +356,7 @@ def plan_cells(
     limits = {"max_kl": defaults.max_kl if max_kl is None else max_kl}
     silenced, notes = _silenced_columns(model, request, steering)
     if model.measured is not None:
-        n_unmeasured = (~model.measured.genes(request.rows)).sum(1)
+        n_unmeasured = (~model.measured.genes(request.rows, request.conditioner.perturbation_field)).sum(1)
         notes.append(
             f"{n_unmeasured.min():,} to {n_unmeasured.max():,} of {len(model.modelled):,} modelled genes are 0, as "
             "training cells of a cell's conditions were not measured for them"
@@ -599,8 +599,10 @@ class _Steered:
         return made_BG.masked_fill_(made_BG == MASK_TOKEN, 0).cpu().numpy()
 
     def _unmeasured(self, rows: np.ndarray) -> torch.Tensor | None:
-        measured = self._model.measured
-        return None if measured is None else torch.from_numpy(~measured.genes(rows)).to(self._model.device)
+        if self._model.measured is None:
+            return None
+        measured_BG = self._model.measured.genes(rows, self._request.conditioner.perturbation_field)
+        return torch.from_numpy(~measured_BG).to(self._model.device)
 
     def _doses(self, rows: np.ndarray) -> np.ndarray | None:
         dose = self._request.standard_dose

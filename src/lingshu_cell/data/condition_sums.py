@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
+from lingshu_cell.data.condition_rows import find_rows
+
 _MOST_LIBRARIES = 8192  # of a condition row: 65 quantiles of so many are as good as those of all
 _MOST_PENDING = 1 << 20
 
@@ -71,7 +73,6 @@ class ContextSums:
         self._field, self._control = perturbation_field, control
         enough = np.flatnonzero(n_I >= least_cells)
         self.known_IC, self.n_parts = identity_IC[enough], n_parts
-        self._place = {tuple(row): i for i, row in enumerate(self.known_IC.tolist())}
         rng, low, high = np.random.default_rng(seed), *np.log(part_cells)
         self.n_K = np.zeros(len(enough) * (1 + n_parts), dtype=np.int64)
         rank, profile, bounds = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [0]
@@ -109,7 +110,7 @@ class ContextSums:
         logs.data = np.log1p(counts.data).astype(np.float64)
         self.overall_JG += np.stack([np.asarray(one.sum(0)).ravel() for one in (seen, logs)])
         self.n_cells += len(here)
-        identity_B = np.array([self._place.get(tuple(row), -1) for row in identity_BC.tolist()])
+        identity_B = find_rows(self.known_IC, identity_BC)
         cell, profile = [], []
         for i in np.unique(identity_B[identity_B >= 0]):
             mine = np.flatnonzero(identity_B == i)
@@ -144,26 +145,21 @@ class LibrarySample:
     """
 
     def __init__(self, condition_RC: np.ndarray, n_R: np.ndarray, seed: int) -> None:
-        self._place = {tuple(row): i for i, row in enumerate(condition_RC.tolist())}
+        self._condition_RC = condition_RC
         self._share_R = np.minimum(1.0, _MOST_LIBRARIES / np.maximum(n_R, 1))
         self._rng, self._choice = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
-        self._taken: list[list[np.ndarray]] = [[] for _ in self._place]
-        self._n = np.zeros(len(self._place), dtype=np.int64)
+        self._taken: list[list[np.ndarray]] = [[] for _ in condition_RC]
+        self._n = np.zeros(len(condition_RC), dtype=np.int64)
 
     def wants(self, condition_BC: np.ndarray) -> np.ndarray:
         """Random cells, so that few have to be read of a row that has many."""
         if (self._share_R == 1).all():
             return np.ones(len(condition_BC), dtype=bool)
-        return self._choice.random(len(condition_BC)) < self._share_R[self._rows(condition_BC)]
-
-    def _rows(self, condition_BC: np.ndarray) -> np.ndarray:
-        if len(self._place) == 1:
-            return np.zeros(len(condition_BC), dtype=np.int64)
-        return np.array([self._place[tuple(row)] for row in condition_BC.tolist()], dtype=np.int64)
+        return self._choice.random(len(condition_BC)) < self._share_R[find_rows(self._condition_RC, condition_BC)]
 
     def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
         """Take in cells, also those that somebody else wanted."""
-        row_B = self._rows(condition_BC)
+        row_B = find_rows(self._condition_RC, condition_BC)
         keyed = np.stack([self._rng.random(len(library_B)), library_B], axis=1)
         order = np.argsort(row_B, kind="stable")
         rows, firsts = np.unique(row_B[order], return_index=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lingshu_cell.data.condition_rows import find_rows, rows_like
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.training_set import TrainingCells
 
@@ -38,27 +39,21 @@ class MeasuredGenes:
         """
         if cells.measured.all():
             return None
-        place = {tuple(row): r for r, row in enumerate(row_RC.tolist())}
         of_row_RS = np.zeros((len(row_RC), len(cells.measured)), dtype=bool)
         for piece in pieces(cells.train):
             labels = np.column_stack([cells.condition_rows(piece), cells.data_sets_of(piece)])
-            for *row, data_set in np.unique(labels, axis=0).tolist():
-                of_row_RS[place[tuple(row)], data_set] = True
+            found = np.unique(labels, axis=0)
+            of_row_RS[find_rows(row_RC, found[:, :-1]), found[:, -1]] = True
         return cls(row_RC, of_row_RS, cells.measured)
 
-    def genes(self, condition_NC: np.ndarray) -> np.ndarray:
-        """Give the genes that some data set with cells of a condition measured, boolean, N × G.
-
-        A row that no training cell has gets those of the rows that agree with it in what is known (not 0); where none
-        does, all genes.
+    def genes(self, condition_NC: np.ndarray, perturbation_field: int | None) -> np.ndarray:
+        """Give the genes that some data set with cells of a condition measured, boolean, N × G; of a condition row
+        that no training cell has, with cells of those like it (:func:`~lingshu_cell.data.condition_rows.rows_like`).
         """
         distinct, place_N = np.unique(condition_NC, axis=0, return_inverse=True)
-        found = np.ones((len(distinct), self.measured_SG.shape[1]), dtype=bool)
-        for i, row in enumerate(distinct):
-            sets_S = self.of_row_RS[((self.row_RC == row) | (row == 0)).all(1)].any(0)
-            if sets_S.any():
-                found[i] = self.measured_SG[sets_S].any(0)
-        return found[place_N.reshape(-1)]
+        like = [rows_like(self.row_RC, row, perturbation_field) for row in distinct]
+        found = [self.measured_SG[self.of_row_RS[rows_R].any(0)].any(0) for rows_R in like]
+        return np.stack(found)[place_N.reshape(-1)]
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """Give what a checkpoint keeps beside the condition rows."""
