@@ -20,6 +20,7 @@ from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import generate, load_model
 from lingshu_cell.model import LingshuCell
 from lingshu_cell.prepare import prepare
+from lingshu_cell.tokens import STATE_FIELDS
 from lingshu_cell.train import train
 
 N_STATES = 6
@@ -51,7 +52,7 @@ def run(cells, tmp_path_factory):
 def test_states_of_real_cells_are_of_one_type_mostly():
     adata = ad.read_h5ad(pbmc3k_path())
     found = learn_states(sparse.csr_matrix(adata.X), 24, seed=0)
-    state_N, type_N = found.of(adata.X), adata.obs["cell_type"].to_numpy()
+    state_N, type_N = found.of(adata.X)[:, 0], adata.obs["cell_type"].to_numpy()
     purity = sum(np.unique(type_N[state_N == k], return_counts=True)[1].max() for k in np.unique(state_N)) / adata.n_obs
     assert purity > 0.8 and 16 <= len(found) <= 24
     sizes = np.bincount(state_N)[1:]
@@ -62,9 +63,12 @@ def test_state_is_the_nearest_centre_by_the_plain_formula(cells, states):
     x = cells.X.toarray().astype(float)
     log = np.log1p(1e4 * x / x.sum(1, keepdims=True))[:, states.gene_H]
     score = np.minimum((log - states.mean_H) / states.sd_H, 10) @ states.axes_HQ
-    nearest = ((score[:, None] - states.centre_KQ) ** 2).sum(2).argmin(1) + 1
-    assert (states.of(sparse.csr_matrix(cells.X)) == nearest).all()
-    assert len(states) > 2 and (np.bincount(nearest, minlength=len(states) + 1)[1:] > 0).all()
+    nearest = ((score[:, None] - states.centre_KQ) ** 2).sum(2).argmin(1)
+    left = score - states.centre_KQ[nearest]
+    programme = ((left[:, None] - states.offset_LQ) ** 2).sum(2).argmin(1)
+    assert (states.of(sparse.csr_matrix(cells.X)) == 1 + np.stack([nearest, programme], 1)).all()
+    assert len(states) > 2 and (np.bincount(nearest, minlength=len(states)) > 0).all()
+    assert len(states.offset_LQ) > 1 and (np.bincount(programme, minlength=len(states.offset_LQ)) >= 18).all()
 
 
 def test_groups_are_the_same_each_time_and_none_is_of_a_handful_of_cells(cells, states):
@@ -79,6 +83,7 @@ def test_cells_of_which_few_differ_are_few_states(cells):
     copies = sparse.csr_matrix(cells.X)[np.repeat(np.arange(20), 25)]
     found = learn_states(copies, 22, seed=0)
     assert len(found) == 20 and len(np.unique(found.of(copies))) == 20
+    assert len(found.offset_LQ) == 0, "nothing is left within the states"
     assert len(learn_states(copies[:25], 2, seed=0)) == 0, "all cells are alike"
 
 
@@ -90,6 +95,8 @@ def test_damaged_states_are_refused(states):
         replace(states, centre_KQ=states.centre_KQ * np.nan),
         replace(states, axes_HQ=states.axes_HQ[1:]),
         replace(states, centre_KQ=states.centre_KQ[:, 1:]),
+        replace(states, offset_LQ=states.offset_LQ[:, 1:]),
+        replace(states, offset_LQ=states.offset_LQ * np.inf),
     ):
         with pytest.raises(ValueError, match="cell states"):
             broken.checked(400)
@@ -115,8 +122,9 @@ def test_states_that_cannot_be_are_refused(cells, tmp_path):
         train([few], tmp_path / "run", tiny_config(data={"states": 4}))
     with pytest.raises(LingshuError, match="states would carry what perturbations do"):
         tiny_config(data={"states": 4, "perturbation_key": "drug", "control": "none"})
-    with pytest.raises(LingshuError, match="'lingshu_state' is what cell states are called"):
-        tiny_config(data={"condition_keys": ["lingshu_state"]})
+    for name in STATE_FIELDS:
+        with pytest.raises(LingshuError, match=f"'{name}' is what cell states are called"):
+            tiny_config(data={"condition_keys": [name]})
 
 
 # --- as a condition -------------------------------------------------------------------------------------------------
@@ -131,14 +139,14 @@ def test_every_cell_has_its_state_however_it_is_read(cells, tmp_path, place):
         prepare([tmp_path / "cells.h5ad"], tmp_path / "store")
         inner = open_cells(tmp_path / "store", condition_keys=["cell_type"])
     found = with_states(inner, N_STATES, seed=0)
-    assert isinstance(found, CellsWithStates) and list(found.conditions.fields) == ["lingshu_state", "cell_type"]
+    assert isinstance(found, CellsWithStates) and list(found.conditions.fields) == [*STATE_FIELDS, "cell_type"]
     some = np.asarray(found.validation[:20])
     rows = found.rows(some)
     assert (rows.condition_BC == found.condition_rows(some)).all()
-    assert (rows.condition_BC[:, 0] == found.states.of(inner.counts_of(some)[0])).all()
-    assert (rows.condition_BC[:, 1:] == inner.condition_rows(some)).all()
+    assert (rows.condition_BC[:, :2] == found.states.of(inner.counts_of(some)[0])).all()
+    assert (rows.condition_BC[:, 2:] == inner.condition_rows(some)).all()
     drawn, plain = (one.draws(32, 0, 0.0)(3) for one in (found, inner))
-    assert (drawn.condition_BC[:, 1:] == plain.condition_BC).all()
+    assert (drawn.condition_BC[:, 2:] == plain.condition_BC).all()
     known = {tuple(row) for row in found.condition_frequencies()[0].tolist()}
     assert {tuple(row) for row in drawn.condition_BC.tolist()} <= known
     assert (drawn.tokens != plain.tokens).nnz == 0
@@ -165,9 +173,9 @@ def test_resumed_run_keeps_the_states_it_began_with(cells, run, tmp_path):
 def test_generated_cells_come_from_all_states_and_a_state_can_be_asked_for(run):
     model = load_model(run)
     drawn = generate(model, 60, seed=1)
-    assert drawn.obs["lingshu_state"].nunique() > 2
+    assert drawn.obs["lingshu_state"].nunique() > 2 and drawn.obs["lingshu_programme"].nunique() > 1
     pairs = set(map(tuple, model.conditions.decode(model.condition_rows).astype(str).to_numpy()))
-    assert set(map(tuple, drawn.obs[["lingshu_state", "cell_type"]].astype(str).to_numpy())) <= pairs
+    assert set(map(tuple, drawn.obs[[*STATE_FIELDS, "cell_type"]].astype(str).to_numpy())) <= pairs
     asked = generate(model, 10, condition={"lingshu_state": "02"})
     assert set(asked.obs["lingshu_state"]) == {"02"}
     with pytest.raises(LingshuError, match="'99'"):
@@ -177,7 +185,7 @@ def test_generated_cells_come_from_all_states_and_a_state_can_be_asked_for(run):
 def test_bound_is_measured_with_the_state_left_open(run, cells):
     model, some = LingshuCell.load(run), cells[:20].copy()
     open_state = model.nelbo(some, n_masks=2)
-    some.obs["lingshu_state"] = "01"
+    some.obs["lingshu_state"] = some.obs["lingshu_programme"] = "01"
     assert model.nelbo(some, n_masks=2) == open_state
 
 
@@ -190,5 +198,5 @@ def test_labels_that_no_training_cell_has_together_are_generated_with_the_state_
     train([labelled], tmp_path / "run", config)
     model = load_model(tmp_path / "run")
     made = generate(model, 6, condition={"cell_type": "B cells", "donor": "D2"}, steps=4)
-    assert made.obs["lingshu_state"].isna().all() and set(made.obs["donor"]) == {"D2"}
+    assert made.obs[list(STATE_FIELDS)].isna().all(axis=None) and set(made.obs["donor"]) == {"D2"}
     assert 0.2 < np.asarray(made.X.sum(1)).mean() / np.asarray(cells.X.sum(1)).mean() < 5

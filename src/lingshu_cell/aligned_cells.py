@@ -17,7 +17,7 @@ from lingshu_cell.data.tokenizer import encode
 from lingshu_cell.data.vocabulary import align_genes, apply_alignment
 from lingshu_cell.generate import TrainedModel
 from lingshu_cell.network.conditions import Conditions
-from lingshu_cell.tokens import MASK_TOKEN, STATE_FIELD
+from lingshu_cell.tokens import MASK_TOKEN, STATE_FIELDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def align_cells(model: TrainedModel, data: CountMatrix, *, use_conditions: bool 
     alignment = align_genes(model.genes, list(data.gene_names), data.var, min_coverage=coverage)
     counts, present = apply_alignment(data.counts, alignment)
     counts = counts[:, model.modelled]
-    fields = [f for f in model.conditions.fields if use_conditions and f in data.obs and f != STATE_FIELD]
+    fields = [f for f in model.conditions.fields if use_conditions and f in data.obs and f not in STATE_FIELDS]
     return AlignedCells(
         conditioner=model.conditioner,
         tokens=sparse.csr_matrix((encode(counts.data), counts.indices, counts.indptr), shape=counts.shape),

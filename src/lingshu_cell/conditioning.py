@@ -21,7 +21,7 @@ from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects
 from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.network.conditions import Conditions, Profiles
 from lingshu_cell.network.set_denoiser import ConditionSizes
-from lingshu_cell.tokens import STATE_FIELD
+from lingshu_cell.tokens import STATE_FIELDS
 
 LEAST_CONTEXT_CELLS = 8
 CELLS_OF_OVERALL = 4
@@ -137,7 +137,7 @@ class Conditioner:
     prior
         What foretells effects of conditions never trained.
     states
-        What groups cells into states, where these are the first condition field.
+        What groups cells into states, where these are the first condition fields.
     as_category
         Whether the network takes a perturbation label as one more category, control being one of them (the paper's).
     """
@@ -157,9 +157,9 @@ class Conditioner:
     as_category: bool = False
 
     @property
-    def has_states(self) -> bool:
-        """Whether the first condition field is the cell state."""
-        return STATE_FIELD in self.vocabulary.fields
+    def n_state_fields(self) -> int:
+        """How many of the condition fields, the first ones, say the state of a cell."""
+        return sum(name in self.vocabulary.fields for name in STATE_FIELDS)
 
     @property
     def perturbation_field(self) -> int | None:

@@ -222,7 +222,10 @@ def build_contexts(sums: ContextSums) -> ContextTable:
 
 
 def build_depths(condition_RC: np.ndarray, libraries: LibrarySample) -> DepthTable:
-    """Take the quantiles of the log library size in each condition row."""
+    """Take the quantiles of the log library size in each condition row: observed ones, as sizes between those of a few
+    cells would spread less than they do.
+    """
     at = quantile_levels(_N_QUANTILES)
-    log_quantiles = [np.quantile(np.log(np.maximum(libraries.of_row(r), 1)), at) for r in range(len(condition_RC))]
+    log_library = [np.log(np.maximum(libraries.of_row(r), 1)) for r in range(len(condition_RC))]
+    log_quantiles = [np.quantile(one, at, method="inverted_cdf") for one in log_library]
     return DepthTable(condition_RC, np.stack(log_quantiles))

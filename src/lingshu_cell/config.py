@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import read_toml
-from lingshu_cell.tokens import STATE_FIELD
+from lingshu_cell.tokens import STATE_FIELDS
 
 _MOST_WEIGHTS = 1 << 37
 _MOST_CELLS_AT_ONCE = 1 << 20
@@ -93,8 +93,8 @@ class DataConfig(_Section):
             raise ValueError(f"'{self.perturbation_key}' is the perturbation_key, not one of condition_keys")
         if self.perturbation_key is not None and self.states not in ("auto", 0):
             raise ValueError("states would carry what perturbations do; they go without a perturbation_key")
-        if STATE_FIELD in self.condition_keys:
-            raise ValueError(f"'{STATE_FIELD}' is what cell states are called; give the column another name")
+        if taken := [name for name in STATE_FIELDS if name in self.condition_keys]:
+            raise ValueError(f"'{taken[0]}' is what cell states are called; give the column another name")
         if self.perturbation_key is None and (self.dose_key or self.embeddings or self.silenced):
             raise ValueError("dose_key, embeddings and silenced need a perturbation_key")
         return self

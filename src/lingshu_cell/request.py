@@ -240,8 +240,8 @@ def _matching_rows(
     given = wanted > 0
     if given.all() and len(wanted):
         return wanted[None], np.ones(1)
-    match = (known_rows[:, given] == wanted[given]).all(1)
-    if not match.any() and conditioner.has_states and given[1:].all() and len(wanted) > 1:
+    match, first = (known_rows[:, given] == wanted[given]).all(1), conditioner.n_state_fields
+    if not match.any() and first and given[first:].all() and len(wanted) > first:
         return wanted[None], np.ones(1)  # labels that no training cell has together have no states either
     if not match.any():
         raise LingshuError(

@@ -1,5 +1,5 @@
 """What every layer must agree on: how many expression tokens there are, which token hides a gene, the pseudocount of
-effects, and the name of cell states.
+effects, and the names of cell states.
 """
 
 N_EXPRESSION_TOKENS = 281
@@ -15,5 +15,7 @@ EFFECT_PSEUDOCOUNT = 1e-4
 alike).
 """
 
-STATE_FIELD = "lingshu_state"
-"""The condition field of cell states, which training finds by itself, and their column in obs."""
+STATE_FIELD, PROGRAMME_FIELD = STATE_FIELDS = ("lingshu_state", "lingshu_programme")
+"""The condition fields that training finds by itself, and their columns in obs: the state of a cell, and how it differs
+from the middle of its state.
+"""

@@ -306,7 +306,7 @@ class _Trainer:
             error.process = self.world.rank  # the others only find this one gone
             raise
         x_0_BG, conditions = self._on_device(rows, draws.context_uniforms(mine))
-        told = draws.thinned(conditions, mine, settings, self.conditioner.has_states)
+        told = draws.thinned(conditions, mine, settings, self.conditioner.n_state_fields)
         return Share(mine.start, x_0_BG, told, draws)
 
     def _validate(self, gradient_norm: float, seconds: float) -> None:
@@ -397,8 +397,9 @@ class _Trainer:
             log_depth_N=np.log(np.maximum(rows.library_B, 1)) if in_training else None,
             context_uniform_N=context_uniform_B,
         )
-        if self.conditioner.has_states and not in_training:
-            conditions = conditions.without_category(0, torch.zeros(len(conditions), dtype=torch.bool))
+        if not in_training:
+            open_B = torch.zeros(len(conditions), dtype=torch.bool)
+            conditions = conditions.without_categories(open_B, self.conditioner.n_state_fields)
         return x_0_BG, conditions.to(self.device)
 
     def _autocast(self) -> torch.autocast:

@@ -1,9 +1,10 @@
-"""Cell states: groups of similar training cells, as one more condition that is drawn before library size and genes.
+"""Cell states: groups of similar training cells, as conditions that are drawn before library size and genes.
 
 What many genes share would otherwise have to be found again, gene by gene, from those already drawn; a state says the
-coarse part of it at once (docs/decisions/0011-state-first.md).
+coarse part of it at once, and a programme, how a cell differs from the middle of its state, says more of it
+(docs/decisions/0011-state-first.md). Together they are a vector quantisation of principal components in two stages.
 
-Shapes: N cells, G modelled genes, H variable genes among them, Q principal components, K states.
+Shapes: N cells, G modelled genes, H variable genes among them, Q principal components, K states, L programmes.
 """
 
 import warnings
@@ -14,6 +15,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from lingshu_cell.errors import LingshuError
+from lingshu_cell.tokens import STATE_FIELDS
 
 _MOST_STATES, _CELLS_OF_A_STATE, _FEWEST_STATES = 64, 100, 8
 _LEAST_CELLS = 20  # a state of fewer would be a portrait of its cells
@@ -26,7 +28,8 @@ _MOST_DEVIATIONS, _LEAST_VARIANCE = 10.0, 1e-9
 
 @dataclass(frozen=True, eq=False)
 class CellStates:
-    """Which state a cell is in: the nearest of K centres in the space of scaled principal components.
+    """Which state a cell is in: the nearest of K centres in the space of scaled principal components; and in which
+    programme: the nearest of L offsets to what is left, the same in all states.
 
     Attributes
     ----------
@@ -38,6 +41,8 @@ class CellStates:
         Principal axes, each over the square root of its component's standard deviation, so that weak ones are heard.
     centre_KQ
         Centres, those of the most cells first.
+    offset_LQ
+        Offsets from a centre, likewise; there may be none.
     """
 
     gene_H: np.ndarray
@@ -45,18 +50,19 @@ class CellStates:
     sd_H: np.ndarray
     axes_HQ: np.ndarray
     centre_KQ: np.ndarray
+    offset_LQ: np.ndarray
 
     def __len__(self) -> int:
         return len(self.centre_KQ)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Labels of the states: 01, 02, …"""
-        digits = max(2, len(str(len(self))))
-        return tuple(f"{k + 1:0{digits}}" for k in range(len(self)))
+    def fields(self) -> dict[str, tuple[str, ...]]:
+        """Condition fields and their labels: 01, 02, …"""
+        sizes = zip(STATE_FIELDS, (len(self.centre_KQ), len(self.offset_LQ)), strict=True)
+        return {field: tuple(f"{k + 1:0{max(2, len(str(n)))}}" for k in range(n)) for field, n in sizes if n}
 
     def of(self, counts: sparse.csr_matrix) -> np.ndarray:
-        """Give the state of each cell, 1 … K, int64.
+        """Give the state of each cell, 1 … K, and where there are programmes that, 1 … L, int64, N × 1 or 2.
 
         Parameters
         ----------
@@ -67,13 +73,17 @@ class CellStates:
         deviation_M = (log_NH.data - self.mean_H[log_NH.indices]) / self.sd_H[log_NH.indices]
         log_NH.data = np.minimum(deviation_M, _MOST_DEVIATIONS) + at_zero_H[log_NH.indices]
         score_NQ = log_NH @ self.axes_HQ - at_zero_H @ self.axes_HQ
-        return 1 + np.argmin((self.centre_KQ**2).sum(1) - 2 * score_NQ @ self.centre_KQ.T, axis=1)
+        state_N = _nearest(self.centre_KQ, score_NQ)
+        if not len(self.offset_LQ):
+            return 1 + state_N[:, None]
+        return 1 + np.stack([state_N, _nearest(self.offset_LQ, score_NQ - self.centre_KQ[state_N])], axis=1)
 
     def checked(self, n_genes: int) -> "CellStates":
         """Refuse arrays that do not belong together or to a model of so many genes."""
         h, q = self.axes_HQ.shape
         whole = self.gene_H.dtype.kind == "i" and self.gene_H.shape == self.mean_H.shape == self.sd_H.shape == (h,)
-        if not (whole and self.centre_KQ.ndim == 2 and self.centre_KQ.shape[1] == q and len(self)):
+        whole = whole and all(points.ndim == 2 and points.shape[1] == q for points in (self.centre_KQ, self.offset_LQ))
+        if not (whole and len(self)):
             raise ValueError("cell states of other types or shapes")
         finite = all(np.isfinite(array).all() for array in vars(self).values())
         if not (finite and ((self.gene_H >= 0) & (self.gene_H < n_genes)).all() and (self.sd_H > 0).all()):
@@ -109,7 +119,7 @@ def number_of_states(asked: int | str, n_cells: int) -> int:
 
 
 def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: np.ndarray | None = None) -> CellStates:
-    """Group cells by k-means over principal components of their variable genes.
+    """Group cells by k-means over principal components of their variable genes, and what is left in each once more.
 
     One thread computes it, so that all processes of a run find the same.
 
@@ -118,7 +128,8 @@ def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: 
     counts
         UMI counts of the modelled genes, shape [N, G].
     n_states
-        How many groups to look for; those of fewer than 20 cells are given to their neighbours.
+        How many groups to look for, and half as many programmes; those of fewer than 20 cells are given to their
+        neighbours.
     seed
         Of k-means.
     usable_G
@@ -129,16 +140,14 @@ def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: 
     CellStates
         With ``n_states`` states or fewer; none where fewer than 200 genes vary, or all cells are alike.
     """
-    from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
-    from sklearn.exceptions import ConvergenceWarning
 
     with threadpool_limits(1):
         gene_H = _variable_genes(counts, usable_G)
         log_NH = _log_shares(counts, gene_H).toarray()
         mean_H, sd_H = log_NH.mean(0), log_NH.std(0)
         gene_H, log_NH, mean_H, sd_H = gene_H[sd_H > 0], log_NH[:, sd_H > 0], mean_H[sd_H > 0], sd_H[sd_H > 0]
-        nothing = CellStates(gene_H, mean_H, sd_H, np.zeros((len(gene_H), 0)), np.zeros((0, 0)))
+        nothing = CellStates(gene_H, mean_H, sd_H, np.zeros((len(gene_H), 0)), np.zeros((0, 0)), np.zeros((0, 0)))
         if len(gene_H) < FEWEST_GENES:
             return nothing
         z_NH = np.minimum((log_NH - mean_H) / sd_H, _MOST_DEVIATIONS)
@@ -146,12 +155,30 @@ def learn_states(counts: sparse.csr_matrix, n_states: int, seed: int, usable_G: 
         heard = pca.explained_variance_ > _LEAST_VARIANCE * pca.explained_variance_[0]
         axes_HQ = pca.components_[heard].T / pca.explained_variance_[heard] ** 0.25
         score_NQ = z_NH @ axes_HQ  # not centred again: clipping moved the means a little
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different cells than states
-            found = KMeans(n_states, n_init=5, random_state=seed).fit(score_NQ)
-        n_K = np.bincount(found.labels_, minlength=n_states)
-        order_K = np.argsort(-n_K, kind="stable")
-        return CellStates(gene_H, mean_H, sd_H, axes_HQ, found.cluster_centers_[order_K[n_K[order_K] >= _LEAST_CELLS]])
+        centre_KQ = _groups(score_NQ, n_states, seed)
+        if not len(centre_KQ):
+            return nothing
+        left_NQ = score_NQ - centre_KQ[_nearest(centre_KQ, score_NQ)]
+        varies = left_NQ.var(0).sum() > _LEAST_VARIANCE * score_NQ.var(0).sum()
+        offset_LQ = _groups(left_NQ, n_states // 2, seed) if varies and n_states >= 4 else left_NQ[:0]
+        return CellStates(gene_H, mean_H, sd_H, axes_HQ, centre_KQ, offset_LQ if len(offset_LQ) > 1 else left_NQ[:0])
+
+
+def _groups(point_NQ: np.ndarray, n_groups: int, seed: int) -> np.ndarray:
+    """Centres of k-means that have 20 points or more, those of the most points first."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different cells than groups
+        found = KMeans(n_groups, n_init=5, random_state=seed).fit(point_NQ)
+    n_K = np.bincount(found.labels_, minlength=n_groups)
+    order_K = np.argsort(-n_K, kind="stable")
+    return found.cluster_centers_[order_K[n_K[order_K] >= _LEAST_CELLS]]
+
+
+def _nearest(centre_KQ: np.ndarray, point_NQ: np.ndarray) -> np.ndarray:
+    return np.argmin((centre_KQ**2).sum(1) - 2 * point_NQ @ centre_KQ.T, axis=1)
 
 
 def _variable_genes(counts: sparse.csr_matrix, usable_G: np.ndarray | None) -> np.ndarray:

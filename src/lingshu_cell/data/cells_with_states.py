@@ -1,6 +1,6 @@
-"""Training cells with their state as one more condition, wherever they lie.
+"""Training cells with their state as one or two more conditions, wherever they lie.
 
-Shapes: N positions, B cells, C condition fields.
+Shapes: N positions, B cells, C condition fields, S of them of the state.
 """
 
 from collections.abc import Callable
@@ -14,44 +14,45 @@ from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.training_set import CellRows, TrainingCells
 from lingshu_cell.data.vocabulary import ConditionVocabulary
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.tokens import STATE_FIELD
 
 _CELLS_TO_LEARN_FROM = 8192
 _CELLS_AT_ONCE = 4096
 
 
 class CellsWithStates(TrainingCells):
-    """Training cells whose first condition is their state.
+    """Training cells whose first conditions say their state.
 
     Parameters
     ----------
     cells
         Training cells, in memory or in a store.
     states
-        What to group them by. The state of every cell is found once, and kept in one byte.
+        What to group them by. The state of every cell is found once, and kept in two bytes.
     """
 
     def __init__(self, cells: TrainingCells, states: CellStates) -> None:
         self._cells, self.states = cells, states
         self.vocabulary, self.modelled, self.measured = cells.vocabulary, cells.modelled, cells.measured
-        self.conditions = ConditionVocabulary({STATE_FIELD: states.names, **cells.conditions.fields})
+        self.conditions = ConditionVocabulary({**states.fields, **cells.conditions.fields})
         self.train, self.validation, self.seen = cells.train, cells.validation, cells.seen
         self.rare, self.fingerprints = cells.rare, cells.fingerprints
-        self.notes = (*cells.notes, f"{len(states)} cell states are drawn before library size and genes (data.states)")
+        found = f"{len(states)} cell states" + (f" and {n} programmes" if (n := len(states.offset_LQ)) else "")
+        self.notes = (*cells.notes, f"{found} are drawn before library size and genes (data.states)")
         parts = [part for part in (cells.train, cells.validation, cells.seen) if len(part)]
-        self._state_N = np.zeros(1 + max(int(part[-1]) for part in parts), dtype=np.uint8 if len(states) < 256 else int)
+        n, kind = 1 + max(int(part[-1]) for part in parts), np.uint8 if len(states) < 256 else np.uint16
+        self._state_NS = np.zeros((n, len(states.fields)), dtype=kind)
         for part in parts:
             for piece in pieces(part, _CELLS_AT_ONCE):
-                new = piece[self._state_N[piece] == 0]
+                new = piece[self._state_NS[piece, 0] == 0]
                 if len(new):
-                    self._state_N[new] = states.of(cells.counts_of(new)[0])
+                    self._state_NS[new] = states.of(cells.counts_of(new)[0])
 
     def rows(self, cells: np.ndarray) -> CellRows:
         """Give some cells, with library sizes."""
         return self._told(self._cells.rows(cells))
 
     def condition_rows(self, cells: np.ndarray) -> np.ndarray:
-        """Give the condition indices of some cells, the state first."""
+        """Give the condition indices of some cells, those of the state first."""
         return self._with_states(cells, self._cells.condition_rows(cells))
 
     def data_sets_of(self, cells: np.ndarray) -> np.ndarray:
@@ -81,7 +82,7 @@ class CellsWithStates(TrainingCells):
         return replace(rows, condition_BC=self._with_states(rows.cells, rows.condition_BC))
 
     def _with_states(self, cells: np.ndarray, condition_BC: np.ndarray) -> np.ndarray:
-        return np.concatenate([self._state_N[cells].astype(np.int64)[:, None], condition_BC], axis=1)
+        return np.concatenate([self._state_NS[cells].astype(np.int64), condition_BC], axis=1)
 
 
 def with_states(

@@ -60,10 +60,10 @@ class StepDraws:
         return self.keeps_B4[rows, 3].double().cpu().numpy()
 
     def thinned(
-        self, conditions: Conditions, rows: slice, settings: TrainingConfig, has_states: bool = False
+        self, conditions: Conditions, rows: slice, settings: TrainingConfig, n_state_fields: int = 0
     ) -> Conditions:
         """Forget conditions of some cells: all of them, so that each may be left open; the identity labels, so that
-        their context alone must tell; the library size; and the cell state, the first category where there are states.
+        their context alone must tell; the library size; and the cell state, which the first fields say.
         """
         any_B, identity_B, depth_B, _ = self.keeps_B4[rows].unbind(1)
         conditions = conditions.only(any_B >= settings.condition_dropout)
@@ -72,9 +72,7 @@ class StepDraws:
             conditions = conditions.without_categories(kept_B | ~conditions.context.known())
         if conditions.depth_B is not None:
             conditions = conditions.without_depth(depth_B >= settings.depth_dropout)
-        if has_states:
-            conditions = conditions.without_category(0, self.keeps_state_B[rows] >= settings.state_dropout)
-        return conditions
+        return conditions.without_categories(self.keeps_state_B[rows] >= settings.state_dropout, n_state_fields)
 
     def hide(self, x_0_BG: Tensor, first: int) -> Tensor:
         """Hide genes of the cells from place ``first`` on."""

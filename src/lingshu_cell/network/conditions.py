@@ -89,14 +89,10 @@ class Conditions:
         rest = self.without_categories(known_B).without_perturbation(known_B)
         return rest.without_context(known_B).without_depth(known_B)
 
-    def without_categories(self, known_B: Tensor) -> "Conditions":
-        """Forget the categories of the cells where ``known_B`` is false."""
-        return replace(self, category_BC=self.category_BC * known_B[:, None])
-
-    def without_category(self, column: int, known_B: Tensor) -> "Conditions":
-        """Forget one field's category in the cells where ``known_B`` is false."""
+    def without_categories(self, known_B: Tensor, n_fields: int | None = None) -> "Conditions":
+        """Forget the categories, or those of the first fields only, of the cells where ``known_B`` is false."""
         category_BC = self.category_BC.clone()
-        category_BC[:, column] *= known_B
+        category_BC[:, :n_fields] *= known_B[:, None]
         return replace(self, category_BC=category_BC)
 
     def without_perturbation(self, known_B: Tensor) -> "Conditions":
