@@ -54,8 +54,9 @@ class DataConfig(_Section):
     )
     states: Literal["auto"] | Annotated[int, Field(ge=0, le=4096)] = Field(
         "auto",
-        description="Cell states (groups by k-means) to condition on, drawn before all else; 0: none; auto: in small "
-        "without perturbations, one per 100 training cells, 8 to 64.",
+        description="Cell states (groups by k-means) to condition on, drawn before all else, and half as many "
+        "programmes (what is left within states); 0: none; auto: in small without perturbations, one per 100 training "
+        "cells, 8 to 64.",
     )
     split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
@@ -202,7 +203,7 @@ class TrainingConfig(_Section):
         0.1, ge=0, le=1, description="Share of cells trained without their library size, where depth is a condition."
     )
     state_dropout: float = Field(
-        0.1, ge=0, le=1, description="Share of cells trained without their cell state, where there are states."
+        0.1, ge=0, le=1, description="Share of cells trained without state and programme, where there are states."
     )
     keep_best: bool = Field(
         True, description="With validation conditions: generate from the step that foretold them best, not the last."
