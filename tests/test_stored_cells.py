@@ -118,7 +118,7 @@ def test_statistics_are_those_of_the_file(screen, split):
 def assert_same_conditioner(ours: Conditioner, theirs: Conditioner) -> None:
     """Only which control cells make up random parts of a context may differ."""
     one, other = ours.to_tensors(), theirs.to_tensors()
-    assert one.keys() == other.keys() and {"context.profile_KJG", "effect.effect_KG", "depth.log_quantile_RU"} <= {*one}
+    assert one.keys() == other.keys() and {"context.profile_KJG", "effect.effect_KG", "depth.library_M"} <= {*one}
     first = torch.cat([torch.zeros(1, dtype=torch.int64), one["context.first_I"]])
     for name, value in one.items():
         expected = other[name]

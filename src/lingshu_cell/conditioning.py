@@ -5,7 +5,7 @@ Shapes: N cells, C condition fields, L labels of the perturbation field, P pertu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from scipy import sparse
 
 from lingshu_cell.data.cell_states import CellStates
-from lingshu_cell.data.condition_rows import find_rows, rows_like
+from lingshu_cell.data.condition_rows import ConditionRows
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings
 from lingshu_cell.data.perturbations import PerturbationVocabulary, check_log_doses
 from lingshu_cell.data.prior_effects import PriorEffect, PriorEffects
@@ -47,11 +47,15 @@ class ContextTable:
     first_I: np.ndarray
     n_I: np.ndarray
 
+    @cached_property
+    def _identities(self) -> ConditionRows:
+        return ConditionRows(self.identity_IC)
+
     def rows(self, identity_NC: np.ndarray, uniform_N: np.ndarray | None) -> np.ndarray:
         """Give the profile of each cell, 0 = none: that of all control cells, or the random part that uniforms say."""
         if not len(self.first_I):
             return np.zeros(len(identity_NC), dtype=np.int64)
-        place = find_rows(self.identity_IC, identity_NC)
+        place = self._identities.find(identity_NC)
         known = place >= 0
         row = np.where(known, self.first_I[place], 0)
         if uniform_N is not None:
@@ -76,41 +80,63 @@ class EffectTable:
 
     def rows(self, condition_NC: np.ndarray) -> np.ndarray:
         """Give the effect of each cell, 0 = none."""
-        return np.maximum(find_rows(self.condition_KC[1:], condition_NC) + 1, 0)
+        return np.maximum(self._conditions.find(condition_NC) + 1, 0)
 
-
-def quantile_levels(n: int) -> np.ndarray:
-    """Levels from 0 to 1 that are close together at both ends: library sizes have tails, of which the last of even
-    levels would make a tenth of all spread (docs/log.md).
-    """
-    return (1 - np.cos(np.pi * np.linspace(0, 1, n))) / 2
+    @cached_property
+    def _conditions(self) -> ConditionRows:
+        return ConditionRows(self.condition_KC[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class DepthTable:
-    """Library sizes of the training cells of each condition row: quantiles of the log of their modelled UMI counts, at
-    :func:`quantile_levels`.
+    """Library sizes of the training cells of each condition row: their modelled UMI counts.
+
+    Attributes
+    ----------
+    condition_RC
+        The condition rows.
+    n_R
+        How many library sizes of each there are; of a row of very many cells they are a random part.
+    library_M
+        Library sizes, int64, those of one row after those of another, rising in each.
     """
 
     condition_RC: np.ndarray
-    log_quantile_RU: np.ndarray
+    n_R: np.ndarray
+    library_M: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not (
+            len(self.condition_RC) == len(self.n_R) and (self.n_R > 0).all() and self.n_R.sum() == len(self.library_M)
+        ):
+            raise ValueError("library sizes that do not fit the condition rows")
+
+    @cached_property
+    def _rows(self) -> ConditionRows:
+        return ConditionRows(self.condition_RC)
+
+    @property
+    def _log_library_M(self) -> np.ndarray:
+        return np.log(np.maximum(self.library_M, 1))
 
     def log_moments(self, weight_R: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of the log library size over condition rows of given weights."""
-        at, weight_R = quantile_levels(self.log_quantile_RU.shape[1]), weight_R / weight_R.sum()
-        mean, square = (float(weight_R @ np.trapezoid(self.log_quantile_RU**k, at, axis=1)) for k in (1, 2))
+        weight_M = np.repeat(weight_R / weight_R.sum() / self.n_R, self.n_R)
+        mean, square = (float(weight_M @ self._log_library_M**k) for k in (1, 2))
         return mean, max(square - mean**2, 0.0) ** 0.5
 
     def draw(self, condition_NC: np.ndarray, uniform_N: np.ndarray, perturbation_field: int | None) -> np.ndarray:
-        """Draw a log library size for each cell; a condition row that no training cell has is as deep as those like it
-        are on average (:func:`~lingshu_cell.data.condition_rows.rows_like`).
+        """Draw a log library size for each cell: that of some training cell of its condition row, or where none has it,
+        of the rows like it (:meth:`ConditionRows.like`).
         """
-        drawn_N = np.empty(len(condition_NC))
-        at = quantile_levels(self.log_quantile_RU.shape[1])
-        for row in np.unique(condition_NC, axis=0):
-            cells = (condition_NC == row).all(1)
-            quantiles = self.log_quantile_RU[rows_like(self.condition_RC, row, perturbation_field)].mean(0)
-            drawn_N[cells] = np.interp(uniform_N[cells], at, quantiles)
+        place_N, first_R = self._rows.find(condition_NC), np.cumsum(self.n_R) - self.n_R
+        drawn_N, seen_N = np.empty(len(place_N)), place_N >= 0
+        row = place_N[seen_N]
+        drawn_N[seen_N] = self._log_library_M[first_R[row] + _rank(uniform_N[seen_N], self.n_R[row])]
+        for row in np.unique(condition_NC[~seen_N], axis=0):
+            like_M = np.sort(self._log_library_M[np.repeat(self._rows.like(row, perturbation_field), self.n_R)])
+            cells = ~seen_N & (condition_NC == row).all(1)
+            drawn_N[cells] = like_M[_rank(uniform_N[cells], len(like_M))]
         return drawn_N
 
 
@@ -292,7 +318,7 @@ class Conditioner:
         tables = {"context": self.contexts, "effect": self.effects, "depth": self.depths, "states": self.states}
         for name, table in tables.items():
             if table is not None:
-                arrays |= {f"{name}.{part}": value for part, value in vars(table).items()}
+                arrays |= {f"{name}.{part.name}": getattr(table, part.name) for part in fields(table)}
         if self.embeddings is not None:
             arrays["embeddings"] = self.embeddings.matrix
         if self.prior is not None:
@@ -357,6 +383,11 @@ def average_profile(counts: sparse.csr_matrix, overall_JG: np.ndarray | None = N
     if overall_JG is not None:
         sums, n_cells = sums + CELLS_OF_OVERALL * overall_JG, n_cells + CELLS_OF_OVERALL
     return (sums / max(n_cells, 1)).astype(np.float32)
+
+
+def _rank(uniform_N: np.ndarray, n: np.ndarray | int) -> np.ndarray:
+    """Uniforms in [0, 1] as places among n, int64."""
+    return np.minimum((uniform_N * n).astype(np.int64), np.asarray(n) - 1)
 
 
 def _profiles(table_KJG: np.ndarray, row_N: np.ndarray) -> Profiles:

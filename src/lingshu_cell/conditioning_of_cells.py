@@ -16,12 +16,11 @@ from lingshu_cell.conditioning import (
     ContextTable,
     DepthTable,
     EffectTable,
-    quantile_levels,
     scaled_rows,
 )
 from lingshu_cell.config import Config
 from lingshu_cell.data.condition_labels import canonical_name
-from lingshu_cell.data.condition_rows import find_rows
+from lingshu_cell.data.condition_rows import ConditionRows
 from lingshu_cell.data.condition_sums import ContextSums, LibrarySample, Taker
 from lingshu_cell.data.effects import GroupSums, effects_of_sums
 from lingshu_cell.data.gene_embeddings import concatenate, read_embeddings
@@ -34,7 +33,6 @@ from lingshu_cell.errors import LingshuError, offenders
 _MOST_CONTEXT_DRAWS = 16
 _MOST_PROFILES = 512  # of all identities together: memory is this times twice the genes
 _CONTEXT_CELLS = (32, 256)  # control cells behind one context; fewer are noisy, more teach nothing about noise
-_N_QUANTILES = 65
 _CELLS_AT_ONCE = 4096
 
 
@@ -102,7 +100,7 @@ def _with_tables(conditioner: Conditioner, cells: TrainingCells, config: Config)
         effects = _EffectSums(conditioner, row_RC, n_genes)
     read_through(cells, cells.seen, [one for one in (libraries, contexts, effects) if one is not None])
     if libraries is not None:
-        conditioner = replace(conditioner, depths=build_depths(row_RC, libraries))
+        conditioner = replace(conditioner, depths=DepthTable(row_RC, *libraries.sizes()))
     if contexts is not None:
         conditioner = replace(conditioner, contexts=build_contexts(contexts))
     return conditioner if effects is None else _with_prior_effects(conditioner, cells, effects, seed)
@@ -126,7 +124,7 @@ class _EffectSums:
         field, known = conditioner.perturbation_field, conditioner.perturbations
         labels = conditioner.vocabulary.fields[conditioner.perturbation_key]
         spelt = [canonical_name(label, known.separator, known.control) for label in labels]
-        self.row_RC = row_RC
+        self.row_RC, self._rows = row_RC, ConditionRows(row_RC)
         names = conditioner.identity_names(row_RC)
         self.key_R = [(name, spelt[row[field] - 1]) for name, row in zip(names, row_RC, strict=True)]
         self.keys = sorted(set(self.key_R))
@@ -140,7 +138,7 @@ class _EffectSums:
 
     def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
         """Take in cells."""
-        self.sums.add(counts, self._group_R[find_rows(self.row_RC, condition_BC)])
+        self.sums.add(counts, self._group_R[self._rows.find(condition_BC)])
 
 
 def _with_prior_effects(conditioner: Conditioner, cells: TrainingCells, sums: _EffectSums, seed: int) -> Conditioner:
@@ -219,13 +217,3 @@ def build_contexts(sums: ContextSums) -> ContextTable:
         1 + n_each * np.arange(n_known, dtype=np.int64),
         np.full(n_known, n_each, dtype=np.int64),
     )
-
-
-def build_depths(condition_RC: np.ndarray, libraries: LibrarySample) -> DepthTable:
-    """Take the quantiles of the log library size in each condition row: observed ones, as sizes between those of a few
-    cells would spread less than they do.
-    """
-    at = quantile_levels(_N_QUANTILES)
-    log_library = [np.log(np.maximum(libraries.of_row(r), 1)) for r in range(len(condition_RC))]
-    log_quantiles = [np.quantile(one, at, method="inverted_cdf") for one in log_library]
-    return DepthTable(condition_RC, np.stack(log_quantiles))

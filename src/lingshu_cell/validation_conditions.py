@@ -18,7 +18,7 @@ from scipy import sparse
 from lingshu_cell.checkpoint import holds_step, mark_best, read_best
 from lingshu_cell.conditioning import Conditioner, standard_doses
 from lingshu_cell.conditioning_of_cells import read_through
-from lingshu_cell.data.condition_rows import find_rows
+from lingshu_cell.data.condition_rows import ConditionRows
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.data.training_set import TrainingCells
@@ -227,9 +227,9 @@ class ValidationConditions:
 
 def _cells_of(cells: TrainingCells, row_RC: np.ndarray) -> list[np.ndarray]:
     """Find the validation cells of each condition row."""
-    found: list[list[np.ndarray]] = [[] for _ in row_RC]
+    rows, found = ConditionRows(row_RC), [[] for _ in row_RC]
     for piece in pieces(cells.validation):
-        row_B = find_rows(row_RC, cells.condition_rows(piece))
+        row_B = rows.find(cells.condition_rows(piece))
         for i in np.unique(row_B[row_B >= 0]):
             found[i].append(piece[row_B == i])
     return [np.concatenate(parts) for parts in found]

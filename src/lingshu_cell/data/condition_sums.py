@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
-from lingshu_cell.data.condition_rows import find_rows
+from lingshu_cell.data.condition_rows import ConditionRows
 
-_MOST_LIBRARIES = 8192  # of a condition row: 65 quantiles of so many are as good as those of all
+_MOST_LIBRARIES = 8192  # of a condition row: so many are as good as all
 _MOST_PENDING = 1 << 20
 
 
@@ -73,6 +73,7 @@ class ContextSums:
         self._field, self._control = perturbation_field, control
         enough = np.flatnonzero(n_I >= least_cells)
         self.known_IC, self.n_parts = identity_IC[enough], n_parts
+        self._identities = ConditionRows(self.known_IC)
         rng, low, high = np.random.default_rng(seed), *np.log(part_cells)
         self.n_K = np.zeros(len(enough) * (1 + n_parts), dtype=np.int64)
         rank, profile, bounds = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [0]
@@ -110,7 +111,7 @@ class ContextSums:
         logs.data = np.log1p(counts.data).astype(np.float64)
         self.overall_JG += np.stack([np.asarray(one.sum(0)).ravel() for one in (seen, logs)])
         self.n_cells += len(here)
-        identity_B = find_rows(self.known_IC, identity_BC)
+        identity_B = self._identities.find(identity_BC)
         cell, profile = [], []
         for i in np.unique(identity_B[identity_B >= 0]):
             mine = np.flatnonzero(identity_B == i)
@@ -145,41 +146,39 @@ class LibrarySample:
     """
 
     def __init__(self, condition_RC: np.ndarray, n_R: np.ndarray, seed: int) -> None:
-        self._condition_RC = condition_RC
+        self._rows = ConditionRows(condition_RC)
         self._share_R = np.minimum(1.0, _MOST_LIBRARIES / np.maximum(n_R, 1))
         self._rng, self._choice = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
-        self._taken: list[list[np.ndarray]] = [[] for _ in condition_RC]
-        self._n = np.zeros(len(condition_RC), dtype=np.int64)
+        self._taken: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # rows, keys, library sizes
+        self._n_pending = 0
 
     def wants(self, condition_BC: np.ndarray) -> np.ndarray:
         """Random cells, so that few have to be read of a row that has many."""
         if (self._share_R == 1).all():
             return np.ones(len(condition_BC), dtype=bool)
-        return self._choice.random(len(condition_BC)) < self._share_R[find_rows(self._condition_RC, condition_BC)]
+        return self._choice.random(len(condition_BC)) < self._share_R[self._rows.find(condition_BC)]
 
     def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
         """Take in cells, also those that somebody else wanted."""
-        row_B = find_rows(self._condition_RC, condition_BC)
-        keyed = np.stack([self._rng.random(len(library_B)), library_B], axis=1)
-        order = np.argsort(row_B, kind="stable")
-        rows, firsts = np.unique(row_B[order], return_index=True)
-        for row, some in zip(rows.tolist(), np.split(keyed[order], firsts[1:]), strict=True):
-            self._taken[row].append(some)
-            self._n[row] += len(some)
-            if self._n[row] > 2 * _MOST_LIBRARIES:
-                self._taken[row] = [self._kept(row)]
-                self._n[row] = _MOST_LIBRARIES
+        self._taken.append((self._rows.find(condition_BC), self._rng.random(len(library_B)), library_B))
+        self._n_pending += len(library_B)
+        if self._n_pending > max(_MOST_PENDING, len(self._taken[0][0])):
+            self._prune()
 
-    def of_row(self, row: int) -> np.ndarray:
-        """Give the library sizes of a row, int64."""
-        return self._kept(row)[:, 1].astype(np.int64)
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Give how many library sizes of each row there are, R, and these, rising in each row, int64, M."""
+        self._prune()
+        row_M, _, library_M = self._taken[0]
+        return np.bincount(row_M, minlength=len(self._rows)), library_M[np.lexsort((library_M, row_M))]
 
-    def _kept(self, row: int) -> np.ndarray:
-        """Those of the smallest keys."""
-        keyed = np.concatenate(self._taken[row])
-        if len(keyed) <= _MOST_LIBRARIES:
-            return keyed
-        return keyed[np.argpartition(keyed[:, 0], _MOST_LIBRARIES)[:_MOST_LIBRARIES]]
+    def _prune(self) -> None:
+        """Keep those of the smallest keys in each row."""
+        row_M, key_M, library_M = (np.concatenate(parts) for parts in zip(*self._taken, strict=True))
+        order = np.lexsort((key_M, row_M))
+        row_M = row_M[order]
+        kept = np.arange(len(row_M)) - np.searchsorted(row_M, row_M) < _MOST_LIBRARIES
+        self._taken = [(row_M[kept], key_M[order][kept], library_M[order][kept].astype(np.int64))]
+        self._n_pending = 0
 
 
 class Tally:

@@ -5,11 +5,12 @@ Shapes: R condition rows, C condition fields, S data sets, G modelled genes, N c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from lingshu_cell.data.condition_rows import find_rows, rows_like
+from lingshu_cell.data.condition_rows import ConditionRows
 from lingshu_cell.data.positions import pieces
 from lingshu_cell.data.training_set import TrainingCells
 
@@ -39,21 +40,26 @@ class MeasuredGenes:
         """
         if cells.measured.all():
             return None
+        rows = ConditionRows(row_RC)
         of_row_RS = np.zeros((len(row_RC), len(cells.measured)), dtype=bool)
         for piece in pieces(cells.train):
             labels = np.column_stack([cells.condition_rows(piece), cells.data_sets_of(piece)])
             found = np.unique(labels, axis=0)
-            of_row_RS[find_rows(row_RC, found[:, :-1]), found[:, -1]] = True
+            of_row_RS[rows.find(found[:, :-1]), found[:, -1]] = True
         return cls(row_RC, of_row_RS, cells.measured)
 
     def genes(self, condition_NC: np.ndarray, perturbation_field: int | None) -> np.ndarray:
         """Give the genes that some data set with cells of a condition measured, boolean, N × G; of a condition row
-        that no training cell has, with cells of those like it (:func:`~lingshu_cell.data.condition_rows.rows_like`).
+        that no training cell has, with cells of those like it (:meth:`ConditionRows.like`).
         """
         distinct, place_N = np.unique(condition_NC, axis=0, return_inverse=True)
-        like = [rows_like(self.row_RC, row, perturbation_field) for row in distinct]
+        like = [self._rows.like(row, perturbation_field) for row in distinct]
         found = [self.measured_SG[self.of_row_RS[rows_R].any(0)].any(0) for rows_R in like]
         return np.stack(found)[place_N.reshape(-1)]
+
+    @cached_property
+    def _rows(self) -> ConditionRows:
+        return ConditionRows(self.row_RC)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """Give what a checkpoint keeps beside the condition rows."""
