@@ -31,7 +31,7 @@ def model(request, two_sets, tmp_path_factory):
     if request.param == "store":
         prepare(sources, folder / "store")
         sources = [folder / "store"]
-    train(sources, folder / "run", tiny_config(data={"condition_keys": ["set"]}))
+    train(sources, folder / "run", tiny_config(data={"condition_keys": ["set"], "min_cells_per_gene": 6}))
     return load_model(folder / "run")
 
 
@@ -39,8 +39,13 @@ def test_cells_show_the_genes_that_their_data_set_measured_and_no_others(model, 
     for part in two_sets:
         name = part.obs["set"].iloc[0]
         made = generate(model, 40, condition={"set": name}, seed=3)
-        lacked = ~made.var_names.isin(part.var_names) & made.var["modelled"]
-        assert lacked.sum() > 20 and made.X[:, lacked.to_numpy()].nnz == 0
+        lacked = ~made.var_names.isin(part.var_names)
+        assert (lacked & made.var["modelled"]).sum() > 10 and (lacked & ~made.var["modelled"]).sum() > 5
+        assert made.X[:, lacked].nnz == 0
+        rare = model.rare.data_set == (name == "right")
+        expected = rare.sum() / part.n_obs / 0.8  # a fifth of the cells validates
+        shown = made.X[:, (~made.var["modelled"]).to_numpy()].nnz / made.n_obs
+        assert shown == pytest.approx(expected, abs=4 * (expected / made.n_obs) ** 0.5)
         measured = (made.var_names.isin(part.var_names) & made.var["modelled"]).to_numpy()
         shown = np.asarray((made.X[:, measured] > 0).mean(0)).ravel()
         real = np.asarray((part[:, made.var_names[measured]].X > 0).mean(0)).ravel()

@@ -41,6 +41,7 @@ from lingshu_cell.silenced import Silenced, describe_silenced, read_silenced
 from lingshu_cell.tokens import MASK_TOKEN
 
 _DECODE_STREAM, _RARE_STREAM, _CONDITION_STREAM = 1, 2, 3
+_RARE = ("rare_gene", "rare_count", "rare_data_set", "data_set_cells")
 _TILE_CELLS = 64
 _TILE_CELLS_ON_GPU = 1024  # of a set denoiser: with 64 an H100 waits for its host (docs/log.md)
 
@@ -68,7 +69,7 @@ class TrainedModel:
     rare
         Genes drawn from their frequency.
     measured
-        Which genes the training cells of each condition were measured for; ``None``: all.
+        Which data sets the training cells of each condition are from and what these measured; ``None``: there is one.
     curve
         How much the visible genes say about a hidden one; ``None`` where it was not measured.
     """
@@ -152,7 +153,7 @@ def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | st
     network = network.to(device).eval()
     make_fast(network, config.training.precision)
     curve = load_curve(checkpoint) or load_curve(load_checkpoint(run))  # the best may be before the curve was measured
-    rare = RareGenes(data["rare_gene"].numpy(), data["rare_count"].numpy(), manifest["n_training_cells"])
+    rare = RareGenes(*(data[name].numpy() for name in _RARE))
     return TrainedModel(
         checkpoint=checkpoint,
         config=config,
@@ -171,15 +172,17 @@ def _model_of(run: Path | str, checkpoint: Checkpoint, device: torch.device | st
 
 def _check_data(data: Mapping[str, torch.Tensor], n_genes: int, sizes: Sequence[int], n_training_cells: Any) -> None:
     """Refuse places of genes, and condition rows, that are out of range."""
-    modelled, gene, count = (data[name].numpy() for name in ("modelled", "rare_gene", "rare_count"))
+    modelled, gene, count, data_set, n_of_set = (data[name].numpy() for name in ("modelled", *_RARE))
     rows, row_counts = data["condition_rows"].numpy(), data["condition_row_counts"].numpy()
     n_cells = whole_number(n_training_cells, "The number of training cells", 1)
-    whole = [array.dtype.kind == "i" for array in (modelled, gene, count, rows, row_counts)]
-    shapes = modelled.ndim == gene.ndim == row_counts.ndim == 1 and gene.shape == count.shape
+    whole = [array.dtype.kind == "i" for array in (modelled, gene, count, data_set, n_of_set, rows, row_counts)]
+    shapes = modelled.ndim == gene.ndim == n_of_set.ndim == row_counts.ndim == 1 and gene.shape == count.shape
+    shapes = shapes and data_set.shape == gene.shape
     if not (all(whole) and shapes and len(modelled) and rows.shape == (len(row_counts), len(sizes))):
         raise ValueError("genes and condition rows of other types or shapes")
     in_range = modelled[0] >= 0 and modelled[-1] < n_genes and (np.diff(modelled) > 0).all()
-    in_range = in_range and ((gene >= 0) & (gene < n_genes) & (count > 0)).all()
+    in_range = in_range and ((gene >= 0) & (gene < n_genes) & (count > 0)).all() and (n_of_set >= 0).all()
+    in_range = in_range and ((data_set >= 0) & (data_set < len(n_of_set))).all() and n_of_set.sum() == n_cells
     if not (in_range and len(rows) and ((rows >= 0) & (rows < np.array(sizes, dtype=np.int64))).all()):
         raise ValueError("genes or condition rows out of range")
     if not ((row_counts > 0).all() and row_counts.sum() <= n_cells):
@@ -355,7 +358,7 @@ def plan_cells(
     asked = {"condition": {key: str(value) for key, value in (condition or {}).items()}, "dose": dose, "unseen": unseen}
     limits = {"max_kl": defaults.max_kl if max_kl is None else max_kl}
     silenced, notes = _silenced_columns(model, request, steering)
-    if model.measured is not None:
+    if model.measured is not None and not model.measured.measured_SG.all():
         n_unmeasured = (~model.measured.genes(request.rows, request.conditioner.perturbation_field)).sum(1)
         notes.append(
             f"{n_unmeasured.min():,} to {n_unmeasured.max():,} of {len(model.modelled):,} modelled genes are 0, as "
@@ -599,9 +602,10 @@ class _Steered:
         return made_BG.masked_fill_(made_BG == MASK_TOKEN, 0).cpu().numpy()
 
     def _unmeasured(self, rows: np.ndarray) -> torch.Tensor | None:
-        if self._model.measured is None:
+        measured = self._model.measured
+        if measured is None or measured.measured_SG.all():
             return None
-        measured_BG = self._model.measured.genes(rows, self._request.conditioner.perturbation_field)
+        measured_BG = measured.genes(rows, self._request.conditioner.perturbation_field)
         return torch.from_numpy(~measured_BG).to(self._model.device)
 
     def _doses(self, rows: np.ndarray) -> np.ndarray | None:
@@ -703,7 +707,10 @@ def _chunk(
     for column, count in clamped.items():  # a token above 99 stands for many counts, the user asked for one
         values[modelled.indices == column] = count
     gene, cell = model.modelled[modelled.indices], np.repeat(np.arange(len(seeds)), np.diff(modelled.indptr))
-    rare_cell, rare_gene, rare_count = _draw_rare(model.rare, seeds)
+    sets_NS = np.ones((len(seeds), len(model.rare.n_cells_S)), dtype=bool)
+    if model.measured is not None:
+        sets_NS = model.measured.data_sets(rows, request.conditioner.perturbation_field)
+    rare_cell, rare_gene, rare_count = _draw_rare(model.rare, seeds, sets_NS)
     counts = sparse.csr_matrix(
         (
             np.concatenate([values, rare_count]),
@@ -718,13 +725,15 @@ def _chunk(
     return GeneratedChunk(counts, obs)
 
 
-def _draw_rare(rare: RareGenes, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give each cell every rare count of the training cells with probability 1 / n_cells."""
+def _draw_rare(rare: RareGenes, seeds: np.ndarray, sets_NS: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give each cell every rare count of its data sets with probability 1 / (their training cells)."""
     cells, entries = [], []
+    of_sets = {sets_S.tobytes(): np.flatnonzero(sets_S[rare.data_set]) for sets_S in np.unique(sets_NS, axis=0)}
     for cell, seed in enumerate(seeds):
-        stream = _stream(seed, _RARE_STREAM)
+        stream, own = _stream(seed, _RARE_STREAM), of_sets[sets_NS[cell].tobytes()]
         # distinct entries, as one cell cannot show the same entry twice
-        chosen = stream.choice(len(rare.gene), stream.binomial(len(rare.gene), 1 / rare.n_cells), replace=False)
+        n_chosen = stream.binomial(len(own), 1 / rare.n_cells_S[sets_NS[cell]].sum())
+        chosen = own[stream.choice(len(own), n_chosen, replace=False)]
         # a gene twice in one cell would add up; keep the first
         _, first = np.unique(rare.gene[chosen], return_index=True)
         entries.append(chosen[first])

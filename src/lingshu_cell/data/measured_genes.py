@@ -1,4 +1,5 @@
-"""Which genes the training cells of each condition were measured for, so that no other gene is generated for it.
+"""Which data sets the training cells of each condition are from and which genes these measured, so that no other gene
+is generated for it.
 
 Shapes: R condition rows, C condition fields, S data sets, G modelled genes, N cells.
 """
@@ -35,10 +36,8 @@ class MeasuredGenes:
 
     @classmethod
     def of_cells(cls, cells: TrainingCells, row_RC: np.ndarray) -> "MeasuredGenes | None":
-        """Look which data sets the training cells of each condition row are from; ``None`` where all sets measured all
-        genes.
-        """
-        if cells.measured.all():
+        """Look which data sets the training cells of each condition row are from; ``None`` where there is but one."""
+        if len(cells.measured) == 1:
             return None
         rows = ConditionRows(row_RC)
         of_row_RS = np.zeros((len(row_RC), len(cells.measured)), dtype=bool)
@@ -48,14 +47,19 @@ class MeasuredGenes:
             of_row_RS[rows.find(found[:, :-1]), found[:, -1]] = True
         return cls(row_RC, of_row_RS, cells.measured)
 
-    def genes(self, condition_NC: np.ndarray, perturbation_field: int | None) -> np.ndarray:
-        """Give the genes that some data set with cells of a condition measured, boolean, N × G; of a condition row
-        that no training cell has, with cells of those like it (:meth:`ConditionRows.like`).
+    def data_sets(self, condition_NC: np.ndarray, perturbation_field: int | None) -> np.ndarray:
+        """Give the data sets that have cells of a condition, boolean, N × S; of a condition row that no training cell
+        has, those with cells of the rows like it (:meth:`ConditionRows.like`).
         """
         distinct, place_N = np.unique(condition_NC, axis=0, return_inverse=True)
-        like = [self._rows.like(row, perturbation_field) for row in distinct]
-        found = [self.measured_SG[self.of_row_RS[rows_R].any(0)].any(0) for rows_R in like]
+        found = [self.of_row_RS[self._rows.like(row, perturbation_field)].any(0) for row in distinct]
         return np.stack(found)[place_N.reshape(-1)]
+
+    def genes(self, condition_NC: np.ndarray, perturbation_field: int | None) -> np.ndarray:
+        """Give the genes that some of these data sets measured, boolean, N × G."""
+        distinct, place_N = np.unique(condition_NC, axis=0, return_inverse=True)
+        sets_NS = self.data_sets(distinct, perturbation_field)
+        return np.stack([self.measured_SG[sets_S].any(0) for sets_S in sets_NS])[place_N.reshape(-1)]
 
     @cached_property
     def _rows(self) -> ConditionRows:

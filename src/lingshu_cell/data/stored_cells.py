@@ -366,4 +366,6 @@ def _rare_genes(store: Store, train: Cells, is_rare: np.ndarray) -> RareGenes:
             cell = cells[np.searchsorted(counts.indptr, here, side="right") - 1]
             found.append(np.stack([cell, counts.indices[here], counts.data[here]], axis=1).astype(np.int64))
     entries = np.concatenate(found)
-    return RareGenes(entries[:, 1].copy(), entries[:, 2].astype(np.int32), len(train))
+    n_cells_S = sum(np.bincount(store.data_set[piece], minlength=len(store.data_sets)) for piece in pieces(train))
+    data_set = np.asarray(store.data_set[entries[:, 0]], dtype=np.int64)
+    return RareGenes(entries[:, 1].copy(), entries[:, 2].astype(np.int32), data_set, n_cells_S)

@@ -36,16 +36,20 @@ class RareGenes:
     Attributes
     ----------
     gene
-        Index into the vocabulary of each non-zero count, int64.
+        Index into the vocabulary of each non-zero count, int64, J.
     count
         The counts, int32.
-    n_cells
-        Training cells behind them; each entry recurs in a generated cell with probability 1 / n_cells.
+    data_set
+        Which data set each is from, int64.
+    n_cells_S
+        Training cells of each data set, int64. Each entry recurs in a generated cell whose conditions are those of some
+        data sets, its own being one, with probability 1 / (cells of these data sets).
     """
 
     gene: np.ndarray
     count: np.ndarray
-    n_cells: int
+    data_set: np.ndarray
+    n_cells_S: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,8 +347,14 @@ def assemble(
     is_modelled = detected_in >= max(min_cells_per_gene, 0)
     check_modelled(is_modelled, min_cells_per_gene, len(train))
     modelled = np.flatnonzero(is_modelled)
+    data_set = np.repeat(np.arange(len(data_sets)), [d.n_cells for d in data_sets])
     rare_counts = counts[train][:, np.flatnonzero(~is_modelled)].tocoo()
-    rare = RareGenes(np.flatnonzero(~is_modelled)[rare_counts.col], rare_counts.data.astype(np.int32), len(train))
+    rare = RareGenes(
+        np.flatnonzero(~is_modelled)[rare_counts.col],
+        rare_counts.data.astype(np.int32),
+        data_set[train][rare_counts.row],
+        np.bincount(data_set[train], minlength=len(data_sets)),
+    )
     if (~is_modelled).any():
         share = rare.count.sum() / max(counts[train].sum(), 1)
         notes.append(say_modelled(is_modelled, min_cells_per_gene, share))
@@ -355,7 +365,7 @@ def assemble(
         modelled=modelled,
         tokens=tokens,
         measured=measured[:, modelled],
-        data_set=np.repeat(np.arange(len(data_sets)), [d.n_cells for d in data_sets]),
+        data_set=data_set,
         conditions=conditions,
         condition_NC=condition_NC,
         dose=None if dose_key is None else np.concatenate([_doses(data, dose_key) for data in data_sets]),

@@ -63,6 +63,8 @@ def data_tables(cells: TrainingCells) -> dict[str, torch.Tensor]:
         "modelled": torch.from_numpy(cells.modelled),
         "rare_gene": torch.from_numpy(cells.rare.gene),
         "rare_count": torch.from_numpy(cells.rare.count),
+        "rare_data_set": torch.from_numpy(cells.rare.data_set),
+        "data_set_cells": torch.from_numpy(cells.rare.n_cells_S),
         "condition_rows": torch.from_numpy(rows),
         "condition_row_counts": torch.from_numpy(row_counts),
         **({} if measured is None else measured.to_tensors()),
