@@ -68,6 +68,11 @@ def _without(key: str) -> Edit:
     return manifest(lambda m: m.pop(key))
 
 
+def _one_rare(gene: int, data_set: int = 0) -> dict[str, np.ndarray]:
+    """One count of a gene too rare to be modelled."""
+    return {"rare_gene": np.array([gene]), "rare_count": np.ones(1, np.int32), "rare_data_set": np.array([data_set])}
+
+
 def _replaced(name: str, make: Callable[[Path], object]) -> Edit:
     def edit(folder: Path) -> None:
         (folder / name).unlink()
@@ -139,7 +144,10 @@ for _what, _expected, _edit in (
     ("negative modelled genes", REFUSED, tensors("data", lambda t: t.update(modelled=t["modelled"] - 100))),
     ("modelled genes of fractions", REFUSED, tensors("data", lambda t: t.update(modelled=t["modelled"].astype(np.float32)))),
     ("modelled genes of two dimensions", REFUSED, tensors("data", lambda t: t.update(modelled=t["modelled"][:, None]))),
-    ("rare genes out of range", REFUSED, tensors("data", lambda t: t.update(rare_gene=np.array([99]), rare_count=np.array([1], np.int32)))),
+    ("rare genes out of range", REFUSED, tensors("data", lambda t: t.update(_one_rare(99)))),
+    ("rare genes of a data set that is not there", REFUSED, tensors("data", lambda t: t.update(_one_rare(0, data_set=1)))),
+    ("rare genes of no data set", REFUSED, tensors("data", lambda t: t.update(_one_rare(0), data_set_cells=t["data_set_cells"][:0]))),
+    ("library sizes of fewer conditions", REFUSED, tensors("conditioning", lambda t: t.update({"depth.n_R": t["depth.n_R"][:-1]}))),
     ("condition rows out of range", REFUSED, tensors("data", lambda t: t.update(condition_rows=t["condition_rows"] + 100))),
     ("no condition rows", REFUSED, tensors("data", lambda t: t.update(condition_rows=t["condition_rows"][:0]))),
     ("negative numbers of cells", REFUSED, tensors("data", lambda t: t.update(condition_row_counts=-t["condition_row_counts"]))),
