@@ -217,6 +217,7 @@ def test_extreme_logits_stay_finite():
         for parameter in head.parameters():
             parameter.zero_()
         head.gate_bias_G.copy_(torch.tensor([-200.0, 0.0, 200.0]))
+        head.power_bias_G.fill_(-3.0)  # no power
     distribution = head(torch.zeros(1, 4))
     x_0_BG = torch.from_numpy(encode(np.array([[0, 1, 20_000]])))
     nll_B = distribution.nll(x_0_BG, torch.ones(1, 3, dtype=torch.bool))

@@ -12,7 +12,8 @@ from lingshu_cell.tokens import MASK_TOKEN, N_EXPRESSION_TOKENS
 
 N_GENES, CONDITIONS = 30, (3, 4)
 PER_GENE = ("detection_G", "mean_log_G", "detection_weight_G", "log_weight_G", "head.gene_GE", "head.gate_bias_G",
-            "head.small_bias_GJ", "head.small_bias_GK", "head.tail_bias_GJ")  # fmt: skip
+            "head.small_bias_GJ", "head.small_bias_GK", "head.tail_bias_GJ", "head.power_bias_G",
+            "head.log_mean_G")  # fmt: skip
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -9,9 +9,16 @@ along a few statistics of the count (log v, v, log² v: enough for a Poisson, a 
 change its mean and its width). The tilt of gene g is an inner product with the code U_g that the gate uses too, so
 what is learned of a gene from its zeros serves its values.
 
+The more of a cell is visible, the nearer a count is to a Poisson variable. That is worth a nat of thousands, too little
+for the tilts to learn it, and yet generated cells are told from real ones by counts that scatter too much. So each
+distribution is multiplied by a power of one as wide as a Poisson distribution about the gene's mean; the power is the
+cell's and the gene's own.
+
 Shapes: B cells, G genes, D trunk width, E gene width, M positions, K small values, J statistics, L tokens from K up,
 V = 281.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +32,9 @@ N_STATISTICS = 3
 _TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
 _LEAST_TAIL = 1e-4  # probability of counts of K and more, given that there are any, below which means do without
 _RULED_OUT = 30.0  # nats
+_FIRST_POWER = -3.0
+_NO_POWER = math.log1p(math.exp(_FIRST_POWER))  # .05: the power is 0 at the start, and never below -.05
+_LOG_MEANS = (-3.0, 10.0)
 _DENSE_FROM = 100  # below 1 position in 100, gathered rows cost less than one dense product
 
 
@@ -32,8 +42,12 @@ class GateHead(nn.Module):
     """From one hidden vector per cell to a distribution per gene.
 
     * gate: logit p(x_g > 0) = u(h) · U_g + b_g
-    * small values: log p(v) = c_gv + Σ_j (q_j(h) · U_g + s_gj) S_j(v) + constant, v = 1 … K-1 and "K or more"
-    * tail: log p(v | v ≥ K) = d_v + Σ_j (r_j(h) · U_g + t_gj) T_j(v) + constant, v = tokens K … 280
+    * small values: log p(v) = c_gv + Σ_j (q_j(h) · U_g + s_gj) S_j(v) + κ_g(h) N_g(v) + constant,
+      v = 1 … K-1 and "K or more"
+    * tail: log p(v | v ≥ K) = d_v + Σ_j (r_j(h) · U_g + t_gj) T_j(v) + κ_g(h) N_g(v) + constant,
+      v = tokens K … 280
+    * narrowing: N_g(v) = -m_g (log v - log m_g)² / 2, a Poisson distribution near its mean m_g with heavier tails; its
+      power is κ_g(h) = softplus(k · h + k_g) - .05
     """
 
     def __init__(self, n_genes: int, width: int, gene_width: int, n_small_values: int, count_of_token: Tensor) -> None:
@@ -56,6 +70,11 @@ class GateHead(nn.Module):
         self.tail_bias_GJ = nn.Parameter(torch.zeros(n_genes, N_STATISTICS))
         self.tail_statistic_JL = nn.Parameter(torch.zeros(N_STATISTICS, n_tail))
         self.tail_bias_L = nn.Parameter(torch.zeros(n_tail))
+        self.power_D = nn.Parameter(torch.zeros(width))
+        self.power_bias_G = nn.Parameter(torch.full((n_genes,), _FIRST_POWER))
+        self.log_mean_G = nn.Parameter(torch.zeros(n_genes))
+        self.register_buffer("small_log_K", torch.arange(1.0, n_small_values + 1).log(), persistent=False)
+        self.register_buffer("tail_log_L", self.tail_count_L.log(), persistent=False)
 
     def forward(self, h_BD: Tensor, offsets: Offsets | None = None) -> "GatedDistribution":
         """Answer for every gene; heads run in fp32 whatever the trunk's precision.
@@ -80,6 +99,8 @@ class GateHead(nn.Module):
         self.gate_query.bias.zero_()
         self.small_query.weight.zero_()
         self.tail_query.weight.zero_()
+        self.power_D.zero_()
+        self.power_bias_G.fill_(_FIRST_POWER)
         v = torch.arange(1.0, self.n_small_values + 1)
         log_v = v.log() - v.log().mean()
         self.small_statistic_JK.copy_(torch.stack([log_v, (v - v.mean()) / 4, log_v**2 - (log_v**2).mean()]))
@@ -115,6 +136,8 @@ class GateHead(nn.Module):
         prior_GK = torch.empty_like(near).index_copy_(0, by_mean, near)
         frequency = (small_GK + pseudocount * prior_GK) / (small_GK.sum(1, keepdim=True) + pseudocount)
         self.small_bias_GK.copy_(frequency.log())
+        count_V = torch.cat([value_K[:-1], self.tail_count_L.cpu()])
+        self.log_mean_G.copy_(((counts[:, 1:] @ count_V + 1) / (counts[:, 1:].sum(1) + 1)).log())
         self._start_tails(tail_GL)
 
     def _start_tails(self, tail_GL: Tensor, pseudocount: float = 5.0) -> None:
@@ -228,16 +251,39 @@ class GatedDistribution(CountDistribution):
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.small_query, positions) + head.small_bias_GJ.index_select(0, positions.gene_M)
-            tilt_MJ = tilt_MJ + self._offset(positions, 0)
+            fold_M = self._fold(positions)
+            tilt_MJ = tilt_MJ + self._offset(fold_M, 0)
             logits_MK = tilt_MJ @ head.small_statistic_JK + head.small_bias_GK.index_select(0, positions.gene_M)
+            logits_MK = logits_MK + self._narrowed(positions, fold_M, head.small_log_K, head.n_small_values)
             return self._within(logits_MK, positions, torch.arange(1, head.n_small_values + 1, device=logits_MK.device))
 
     def _tail_logits(self, positions: Positions) -> Tensor:
         head = self._head
         with self._fp32():
             tilt_MJ = self._tilt(head.tail_query, positions) + head.tail_bias_GJ.index_select(0, positions.gene_M)
-            tilt_MJ = tilt_MJ + self._offset(positions, N_STATISTICS)
-            return self._within(tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L, positions, head.tail_least_L)
+            fold_M = self._fold(positions)
+            tilt_MJ = tilt_MJ + self._offset(fold_M, N_STATISTICS)
+            logits_ML = tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
+            logits_ML = logits_ML + self._narrowed(positions, fold_M, head.tail_log_L)
+            return self._within(logits_ML, positions, head.tail_least_L)
+
+    def _narrowed(
+        self, positions: Positions, fold_M: Tensor | None, log_count_V: Tensor, or_more: int | None = None
+    ) -> Tensor:
+        """κ_g(h) log N(log v; log m_g, 1 / m_g) but for a constant, M × V; the last of the counts may stand for that
+        and more.
+        """
+        head = self._head
+        power_M = (self._h_BD @ head.power_D).index_select(0, positions.cell_M)
+        power_M = F.softplus(power_M + head.power_bias_G.index_select(0, positions.gene_M)) - _NO_POWER
+        log_mean_M = head.log_mean_G.index_select(0, positions.gene_M)
+        log_mean_M = (log_mean_M if fold_M is None else log_mean_M + fold_M).clamp(*_LOG_MEANS)
+        narrow_MV = -0.5 * log_mean_M.exp()[:, None] * (log_count_V - log_mean_M[:, None]) ** 2
+        if or_more is not None:
+            more_M = torch.special.log_ndtr(2 * (torch.exp(log_mean_M / 2) - (or_more - 0.5) ** 0.5))
+            more_M = more_M + 0.5 * (log_mean_M + math.log(2 * math.pi))
+            narrow_MV = torch.cat([narrow_MV[:, :-1], more_M[:, None]], dim=1)
+        return power_M[:, None] * narrow_MV
 
     def _within(self, logits_MV: Tensor, positions: Positions, least_V: Tensor) -> Tensor:
         """Rule out counts above what is left of a cell's library; the first value always remains."""
@@ -247,17 +293,21 @@ class GatedDistribution(CountDistribution):
         beyond_MV[:, 0] = False
         return logits_MV - _RULED_OUT * beyond_MV
 
-    def _offset(self, positions: Positions, first: int) -> Tensor | float:
+    def _offset(self, fold_M: Tensor | None, first: int) -> Tensor | float:
         """What log folds add to the statistics whose amounts begin at ``first``, M × J."""
+        return 0.0 if fold_M is None else self._offsets.amount_A[first : first + N_STATISTICS] * fold_M[:, None]
+
+    def _fold(self, positions: Positions) -> Tensor | None:
+        """Log folds of the means of counts above 0, M."""
         if self._offsets is None:
-            return 0.0
+            return None
         fold_RG = self._offsets.fold_RG
         place_M = self._offsets.place_B.index_select(0, positions.cell_M) * fold_RG.shape[1] + positions.gene_M
         fold_M = fold_RG.flatten().index_select(0, place_M)
         if self._offsets.left_B is not None:
             slope_M = self._offsets.fold_slope_RG.flatten().index_select(0, place_M)
             fold_M = fold_M + self._offsets.left_B.index_select(0, positions.cell_M) * slope_M
-        return self._offsets.amount_A[first : first + N_STATISTICS] * fold_M[:, None]
+        return fold_M
 
     def _fp32(self) -> torch.autocast:
         """Keep out of an autocast around the caller, as the parts are computed when asked for."""
