@@ -523,13 +523,17 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
     real = [cell_of(first, path, ceiling=True) for path in columns.values()]
     rows.append(["real cells (ceiling)", "", "–", *("–" if value is None else f"{value:.3f}" for value in real)])
     costs = [json.loads(path.read_text()) for path in root.glob("*/*/seed-*/cost.json")]
+    found = pd.read_csv(against / "conditions.csv")
+    n_clear = int((found["n_de_real"] >= CLEAR_GENES).sum())
+    made = len(list(root.glob("*/split.toml")))
+    only = f", of which {made} are here" if isinstance(screen.folds, int) and made < screen.folds else ""
     notes = [
-        f"Data: {screen.file}. Held out: {screen.held_out}; and half of all control cells, which no model or baseline "
-        "has seen and which responses are measured against. Truth and prediction have different halves of those.",
+        f"Data: {screen.file}. Held out: {screen.held_out}{only}; and half of all control cells, which no model or "
+        "baseline has seen and which responses are measured against. Truth and prediction have different halves.",
         f"Average score: mean over cell-eval's seven metrics of the gain over `{screen.mean_baseline}`, which has 0. "
         "Spread: standard deviation over seeds of training and generation.",
-        f"{CLEAR[0].upper()}{CLEAR[1:]}: over those with {CLEAR_GENES} DE genes or more between real cells, as with a "
-        "handful of genes DES and Spearman LFC are chance.",
+        f"{CLEAR[0].upper()}{CLEAR[1:]}: over the {n_clear} of {len(found)} with {CLEAR_GENES} DE genes or more "
+        "between real cells, as with a handful of genes DES and Spearman LFC are chance.",
     ]
     if screen.simulated:
         n = first["truth"]["n"]
