@@ -83,6 +83,9 @@ bench: $(STAMP)
 	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \
 	  $(BENCH)/responses.py papalexi --variants context_mean control_bootstrap ridge nearest_neighbour ours; \
 	else echo "kang_ifnb is not here: left out"; fi
+	OMP_NUM_THREADS=1 $(BENCH)/simulated_screen.py
+	$(BENCH)/responses.py sergio-pairs --seeds 0 1 2 --variants perturbation_mean control_bootstrap context_mean additive ridge nearest_neighbour ours
+	$(BENCH)/responses.py sergio-targets --variants context_mean control_bootstrap ridge nearest_neighbour ours
 	OMP_NUM_THREADS=1 $(BENCH)/faults
 
 # One thread: the same sums in the same order before and after a kill, in forks of one process.

@@ -9,6 +9,7 @@ from lingshu_cell.data.splits import split_cells
 from lingshu_cell.datasets import pbmc3k_path
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SIMULATED = Path(__file__).resolve().parents[1] / "build" / "simulated"
 NAMES = ("pbmc3k", "marrow_cd34", "dentate_gyrus_mouse", "pancreas_h2c", "pbmc8k", "fly_embryo")
 HELD_OUT = 0.1
 _NOT_UMI = ("CEL-seq2",)  # assays of pancreas_h2c whose counts are reads
@@ -66,14 +67,28 @@ def split_files(cells: ad.AnnData, folder: Path) -> tuple[Path, Path]:
 
 
 def shared_file(name: str) -> Path:
-    """Give the file of a data set that lies in ``../shared/data``.
+    """Give a file that lies in ``../shared/data``.
 
     Raises
     ------
     SystemExit
         If it is not there.
     """
-    path = SHARED / f"{name}.h5ad"
+    path = SHARED / name
     if not path.is_file():
-        raise SystemExit(f"{name}.h5ad is not in ../shared/data")
+        raise SystemExit(f"{name} is not in ../shared/data")
+    return path
+
+
+def simulated_file(name: str) -> Path:
+    """Give a file that ``simulated_screen.py`` makes.
+
+    Raises
+    ------
+    SystemExit
+        If it is not made yet.
+    """
+    path = SIMULATED / name
+    if not path.is_file():
+        raise SystemExit(f"{name} is not in build/simulated: run benchmarks/simulated_screen.py first")
     return path

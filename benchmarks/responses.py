@@ -7,12 +7,15 @@ package's baselines predict the same conditions from the same training cells, an
     python benchmarks/responses.py kang --seeds 0 1 2
     python benchmarks/responses.py papalexi
     python benchmarks/responses.py gbm
+    python benchmarks/responses.py sergio-pairs    # and sergio-targets, after simulated_screen.py
     python benchmarks/responses.py kang --variants scvi_counterfactual scvi_arithmetic   # after peers/make_venv.sh
 """
 
 import argparse
+import itertools
 import json
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-from data_sets import shared_file
+from data_sets import SHARED, SIMULATED, shared_file, simulated_file
 from recording import ROOT, Stopwatch, environment, markdown_table, run_in_child, say, write_result
 
 PEERS = ("scvi_counterfactual", "scvi_arithmetic")  # see peers/scvi_responses.py
@@ -32,6 +35,10 @@ MOST_CELLS = 500  # of each condition
 STEPS = 32
 CLEAR_GENES = 50  # real DE genes of a condition whose single-gene metrics are more than chance
 CLEAR = "average score, clear conditions"
+PRIORS = SHARED / "priors"
+TRUTH = "truth.json"
+TRUE_EFFECT, TRUE_GENES = np.log(1.25), 5  # an exact effect is judged where so many genes change by a quarter
+LEAST_TRUE_MEAN = 1.0  # expected counts in 10,000, before or after, of a gene that counts there
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,15 @@ class Screen:
     perturbation_key, control, identity_key
         Its labels.
     folds
-        ``"pairs"``: each identity's perturbed cells in turn; a number: so many folds of perturbations.
+        ``"pairs"``: each identity's perturbed cells in turn; ``"scattered"``: one fold, each perturbation in one
+        identity; a number: so many folds of perturbations.
     settings
         What the training changes from the preset.
     embeddings
-        Whether perturbations never trained are told by gene embeddings.
+        Sources of the gene embeddings that tell of perturbations never trained: options of ``lingshu embeddings`` and
+        their files. None where all perturbations are trained.
+    simulated
+        Whether the cells come from ``simulated_screen.py`` and their exact effects are known.
     """
 
     file: str
@@ -58,14 +69,27 @@ class Screen:
     identity_key: str | None
     folds: str | int
     settings: dict[str, Any] = field(default_factory=dict)
-    embeddings: bool = False
+    embeddings: tuple[tuple[str, Path], ...] = ()
+    simulated: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file of the cells."""
+        return (simulated_file if self.simulated else shared_file)(f"{self.file}.h5ad")
 
     @property
     def mean_baseline(self) -> str:
         """What the average score is measured from: the mean over the training cells of the perturbation, or, where
         no training cell has it, over all perturbed ones.
         """
-        return "perturbation_mean" if self.folds == "pairs" else "context_mean"
+        return "context_mean" if isinstance(self.folds, int) else "perturbation_mean"
+
+    @property
+    def held_out(self) -> str:
+        """What is held out, in words."""
+        if self.folds == "pairs":
+            return "each identity's perturbed cells in turn"
+        return "each perturbation in one identity" if self.folds == "scattered" else f"{self.folds} folds of targets"
 
 
 SCREENS = {
@@ -92,7 +116,29 @@ SCREENS = {
         None,
         5,
         {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
-        embeddings=True,
+        embeddings=(
+            ("--from-gene-sets", PRIORS / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"),
+            ("--from-network", PRIORS / "networks" / "string_interactome_human_symbols.tsv.gz"),
+        ),
+    ),
+    "sergio-pairs": Screen(
+        "sergio",
+        "perturbation",
+        "control",
+        "line",
+        "scattered",
+        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        simulated=True,
+    ),
+    "sergio-targets": Screen(
+        "sergio",
+        "perturbation",
+        "control",
+        "line",
+        4,
+        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        embeddings=(("--from-network", SIMULATED / "sergio-network.tsv"),),
+        simulated=True,
     ),
 }
 
@@ -105,6 +151,11 @@ class Asked:
     generation: dict[str, Any]
 
 
+def keys_of(screen: Screen) -> list[str]:
+    """List the columns of a condition."""
+    return [key for key in (screen.identity_key, screen.perturbation_key) if key]
+
+
 def folds_of(screen: Screen, obs: pd.DataFrame) -> dict[str, dict[str, list]]:
     """Name the folds and what each holds out: the ``held_out`` section of a split. A perturbation that has no embedding
     where it needs one (MARCH8, which is MARCHF8 by now) is always trained.
@@ -115,6 +166,10 @@ def folds_of(screen: Screen, obs: pd.DataFrame) -> dict[str, dict[str, list]]:
         pairs = pairs[[screen.identity_key, screen.perturbation_key]].astype(str).drop_duplicates()
         return {identity: {"pairs": rows.to_dict("records")} for identity, rows in pairs.groupby(screen.identity_key)}
     names = np.random.default_rng(0).permutation(sorted(set(labels) - {screen.control}))
+    if screen.folds == "scattered":
+        identities = sorted(set(obs[screen.identity_key].astype(str)))
+        pairs = zip(itertools.cycle(identities), names.tolist(), strict=False)
+        return {"pairs": {"pairs": [dict(zip(keys_of(screen), pair, strict=True)) for pair in pairs]}}
     told = set(embedding_table(screen).index) if screen.embeddings else set(names)
     return {
         f"fold {k + 1}": {"perturbations": sorted(set(part.tolist()) & told)}
@@ -155,9 +210,7 @@ def train_fold(screen: Screen, split: Path, run: Path, seed: int, extra: dict[st
         **extra,
     }
     keys = [screen.identity_key] if screen.identity_key else None
-    model = LingshuCell.train(
-        shared_file(screen.file), out=run, settings=settings, condition_keys=keys, on_note=say, device="cpu"
-    )
+    model = LingshuCell.train(screen.path, out=run, settings=settings, condition_keys=keys, on_note=say, device="cpu")
     info = model.info()
     return {"train_seconds": watch.seconds(), "validation_nelbo": info["validation_nelbo_nats_per_cell"]}
 
@@ -187,9 +240,8 @@ def generate_fold(
             )
         )
     adata = ad.concat(parts, merge="same")
-    for key in (screen.identity_key, screen.perturbation_key):
-        if key:
-            adata.obs[key] = adata.obs[key].astype(str).astype("category")
+    for key in keys_of(screen):
+        adata.obs[key] = adata.obs[key].astype(str).astype("category")
     adata.uns["lingshu_cell"] = parts[0].uns["lingshu_cell"]
     adata.write_h5ad(out)
     return {"generate_seconds": watch.seconds(), "generated_cells": adata.n_obs}
@@ -197,7 +249,7 @@ def generate_fold(
 
 def wanted_of(screen: Screen, test: pd.DataFrame) -> list[dict[str, Any]]:
     """List the held-out conditions with the number of cells, and controls for their identities."""
-    keys = [key for key in (screen.identity_key, screen.perturbation_key) if key]
+    keys = keys_of(screen)
     counts = test[test[screen.perturbation_key] != screen.control][keys].astype(str).value_counts().sort_index()
     rows = [
         dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True)) | {"n": min(int(n), MOST_CELLS)}
@@ -213,7 +265,7 @@ def write_parts(screen: Screen, split: Path, fold: Path) -> pd.DataFrame:
     """
     from lingshu_cell.data.split_files import read_split
 
-    cells = ad.read_h5ad(shared_file(screen.file))
+    cells = ad.read_h5ad(screen.path)
     part = read_split(split).assign(cells.obs)
     test = cells[part == "test"]
     if screen.identity_key:
@@ -265,7 +317,7 @@ def embedding_table(screen: Screen) -> pd.DataFrame:
     """Give the embeddings that the model has too, of every perturbation that has one."""
     from lingshu_cell.data.gene_embeddings import read_embeddings
 
-    labels = sorted(set(ad.read_h5ad(shared_file(screen.file), backed="r").obs[screen.perturbation_key].astype(str)))
+    labels = sorted(set(ad.read_h5ad(screen.path, backed="r").obs[screen.perturbation_key].astype(str)))
     vectors, found = read_embeddings(embedding_file(screen)).rows(labels)
     return pd.DataFrame(vectors[found], index=[label for label, there in zip(labels, found, strict=True) if there])
 
@@ -276,17 +328,54 @@ def embedding_file(screen: Screen) -> Path:
 
 
 def make_embeddings(screen: Screen) -> None:
-    """Make gene embeddings from what lies in ../shared/data/priors."""
-    import sys
-
-    file, priors = embedding_file(screen), shared_file(screen.file).parent / "priors"
+    """Make the gene embeddings of a screen."""
+    file = embedding_file(screen)
     if file.is_file():
         return
+    if missing := [path.name for _, path in screen.embeddings if not path.is_file()]:
+        raise SystemExit(f"Embeddings are made from {', '.join(missing)}, not found")
     file.parent.mkdir(parents=True, exist_ok=True)
-    sources = ["--from-gene-sets", priors / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"]
-    sources += ["--from-network", priors / "networks" / "string_interactome_human_symbols.tsv.gz"]
-    command = [sys.executable, "-m", "lingshu_cell", "embeddings", *map(str, sources)]
-    subprocess.run([*command, "--out", str(file)], check=True)
+    sources = [str(word) for source in screen.embeddings for word in source]
+    subprocess.run([sys.executable, "-m", "lingshu_cell", "embeddings", *sources, "--out", str(file)], check=True)
+
+
+def truth_scores(screen: Screen, cells: ad.AnnData) -> dict[str, float]:
+    """Compare the effects that cells show with the exact ones of the simulation.
+
+    An effect is a difference of log means (counts in 10,000, pseudocount 0.5), measured from the exact mean of the
+    line's control cells on either side, over genes with an expected count in 10,000, the perturbed gene left out.
+
+    Parameters
+    ----------
+    screen
+        A simulated screen.
+    cells
+        Predicted or real cells of any conditions; controls are left aside.
+
+    Returns
+    -------
+    dict
+        ``correlation``: Pearson, mean over conditions in which at least five genes change by a quarter; ``slope`` of
+        the cells' effects on the exact ones, over the genes of all of these; ``n``: how many these are.
+    """
+    from lingshu_cell.perturbation_effects import PSEUDOCOUNT, TARGET_SUM
+
+    exact = pd.read_csv(simulated_file(f"{screen.file}-truth.csv"), index_col=[0, 1])[list(cells.var_names)]
+    totals = np.maximum(np.asarray(cells.X.sum(1)).ravel(), 1)
+    correlations, pieces = [], []
+    for (line, target), rows in cells.obs.groupby(keys_of(screen), observed=True).indices.items():
+        if target == screen.control:
+            continue
+        before, after = (exact.loc[(line, name)].to_numpy() for name in (screen.control, target))
+        mean = TARGET_SUM * np.asarray((cells.X[rows].multiply(1 / totals[rows, None])).mean(0)).ravel()
+        genes = (np.maximum(before, after) >= LEAST_TRUE_MEAN) & (cells.var_names != target)
+        shown, true = (np.log((x + PSEUDOCOUNT) / (before + PSEUDOCOUNT))[genes] for x in (mean, after))
+        if (np.abs(true) >= TRUE_EFFECT).sum() >= TRUE_GENES:
+            correlations.append(np.corrcoef(shown, true)[0, 1])
+            pieces.append((shown, true))
+    shown, true = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    slope = np.polyfit(true, shown, 1)[0]
+    return {"correlation": float(np.mean(correlations)), "slope": float(slope), "n": len(pieces)}
 
 
 def judge(screen: Screen, root: Path, variant: str, seed: int, baseline: Path | None) -> dict[str, Any]:
@@ -299,7 +388,7 @@ def judge(screen: Screen, root: Path, variant: str, seed: int, baseline: Path | 
     )
     place = root / "judged" / f"{variant}-seed-{seed}"
     place.parent.mkdir(exist_ok=True)
-    keys = [key for key in (screen.identity_key, screen.perturbation_key) if key]
+    keys = keys_of(screen)
     tests = [ad.read_h5ad(fold / "test.h5ad") for fold in folds]
     real = ad.concat(tests)
     real = real[~real.obs_names.duplicated()].copy()
@@ -319,6 +408,10 @@ def judge(screen: Screen, root: Path, variant: str, seed: int, baseline: Path | 
         use_cell_eval2=screen.identity_key is None,
         baseline=baseline,
     )
+    if screen.simulated:
+        scores = truth_scores(screen, predicted)
+        scores |= {f"ceiling_{name}": value for name, value in truth_scores(screen, real).items()}
+        (place / TRUTH).write_text(json.dumps(scores), encoding="utf-8")
     return {"evaluate_seconds": watch.seconds()}
 
 
@@ -371,6 +464,7 @@ COLUMNS = {
     "SD(log UMI) ratio": ("summary", "sd_log_umi_ratio", "mean"),
     "false DE": ("summary", "false_de_rate", "mean"),
 }
+TRUTH_COLUMNS = {"r with exact effect": ("truth", "correlation"), "slope on exact effect": ("truth", "slope")}
 
 
 def cell_of(record: dict[str, Any], path: tuple[str, ...], ceiling: bool = False) -> float | None:
@@ -405,9 +499,13 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
     against = root / "judged" / f"{screen.mean_baseline}-seed-0"
     for folder in sorted((root / "judged").glob("*-seed-*")):
         variant = folder.name.rsplit("-seed-", 1)[0]
-        records.setdefault(variant, []).append(json.loads((folder / "responses.json").read_text()))
+        record = json.loads((folder / "responses.json").read_text())
+        if screen.simulated:
+            record["truth"] = json.loads((folder / TRUTH).read_text())
+        records.setdefault(variant, []).append(record)
         score = None if variant == screen.mean_baseline else clear_score(folder, against)
         clear.setdefault(variant, []).extend([] if score is None else [score])
+    columns = COLUMNS | (TRUTH_COLUMNS if screen.simulated else {})
     others = (*PEERS, *BASELINES)
     order = [v for v in records if v not in others] + [v for v in others if v in records]
     rows, body = [], {}
@@ -415,27 +513,36 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         cells = [variant, len(records[variant])]
         body[variant] = {CLEAR: clear[variant]} | {
             column: [v for v in (cell_of(record, path) for record in records[variant]) if v is not None]
-            for column, path in COLUMNS.items()
+            for column, path in columns.items()
         }
         for values in body[variant].values():
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "–")
         rows.append(cells)
     first = records[order[0]][0]
-    real = [cell_of(first, path, ceiling=True) for path in COLUMNS.values()]
+    real = [cell_of(first, path, ceiling=True) for path in columns.values()]
     rows.append(["real cells (ceiling)", "", "–", *("–" if value is None else f"{value:.3f}" for value in real)])
     costs = [json.loads(path.read_text()) for path in root.glob("*/*/seed-*/cost.json")]
-    held_out = (
-        "each identity's perturbed cells in turn" if screen.folds == "pairs" else f"{screen.folds} folds of targets"
-    )
+    found = pd.read_csv(against / "conditions.csv")
+    n_clear = int((found["n_de_real"] >= CLEAR_GENES).sum())
+    made = len(list(root.glob("*/split.toml")))
+    only = f", of which {made} are here" if isinstance(screen.folds, int) and made < screen.folds else ""
     notes = [
-        f"Data: {screen.file}. Held out: {held_out}; and half of all control cells, which no model or baseline has "
-        "seen and which responses are measured against. Truth and prediction have different halves of those.",
+        f"Data: {screen.file}. Held out: {screen.held_out}{only}; and half of all control cells, which no model or "
+        "baseline has seen and which responses are measured against. Truth and prediction have different halves.",
         f"Average score: mean over cell-eval's seven metrics of the gain over `{screen.mean_baseline}`, which has 0. "
         "Spread: standard deviation over seeds of training and generation.",
-        f"{CLEAR[0].upper()}{CLEAR[1:]}: over those with {CLEAR_GENES} DE genes or more between real cells, as with a "
-        "handful of genes DES and Spearman LFC are chance.",
+        f"{CLEAR[0].upper()}{CLEAR[1:]}: over the {n_clear} of {len(found)} with {CLEAR_GENES} DE genes or more "
+        "between real cells, as with a handful of genes DES and Spearman LFC are chance.",
     ]
+    if screen.simulated:
+        n = first["truth"]["n"]
+        notes.append(
+            f"Exact effect: steady states of the simulation without noise. r: Pearson, mean over the {n} conditions in "
+            f"which {TRUE_GENES} genes or more change by a quarter; slope: of the cells' effects on the exact ones, "
+            f"over all genes of these. Genes with {LEAST_TRUE_MEAN:g} expected count in 10,000 or more, the perturbed "
+            "gene left out; the ceiling here is all real held-out cells of each condition."
+        )
     if set(order) & set(PEERS):
         notes.append(
             f"scVI: {PEER_SECONDS} CPU seconds of training a fold and method, on the same training cells and their "
@@ -455,7 +562,7 @@ def write_table(name: str, screen: Screen, root: Path) -> None:
         "Responses of held-out conditions, foretold.",
         environment(),
         {"variants": body, "costs": costs, "evaluators": first["versions"]},
-        [markdown_table(["", "seeds", CLEAR, *COLUMNS], rows), "\n".join(f"- {note}" for note in notes)],
+        [markdown_table(["", "seeds", CLEAR, *columns], rows), "\n".join(f"- {note}" for note in notes)],
     )
 
 
@@ -486,7 +593,7 @@ def main() -> None:
         training={key: value for key, value in extra.items() if "." in key},
         generation={key: value for key, value in extra.items() if "." not in key},
     )
-    obs = ad.read_h5ad(shared_file(screen.file), backed="r").obs
+    obs = ad.read_h5ad(screen.path, backed="r").obs
     root = ROOT / "build" / "responses" / arguments.screen
     for seed in [] if arguments.table else arguments.seeds:
         for name, held_out in folds_of(screen, obs).items():
