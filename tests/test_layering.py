@@ -31,7 +31,7 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "metrics.inputs network.denoiser perturbation_effects response_samples",
     "baselines conditioning_of_cells data.cells_with_states data.loader data.measured_genes data.scan "
     "engine.feeder evaluate expected_effects export_vcc2026 response_figures response_libraries run_config "
-    "silenced",
+    "shown_effects silenced",
     "data.store_builder data.stored_cells engine.run_state evaluate_responses request response_section "
     "validation_conditions",
     "generate prepare response_report train",

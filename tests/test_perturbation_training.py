@@ -13,8 +13,19 @@ from scipy import sparse
 
 from lingshu_cell.config import Config, load_config
 from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
+from lingshu_cell.data.tokenizer import token_midpoints
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.generate import Steering, TrainedModel, generate, generate_file, load_model, steering_of
+from lingshu_cell.generate import (
+    Steering,
+    TrainedModel,
+    generate,
+    generate_file,
+    load_model,
+    plan_cells,
+    request_of,
+    steering_of,
+)
+from lingshu_cell.shown_effects import _shown
 from lingshu_cell.train import train
 
 KANG = SHARED_DATA / "kang_ifnb.h5ad"
@@ -279,6 +290,27 @@ def test_unseen_perturbations_are_told_with_what_is_expected_of_them(model):
     notes = list(cells.uns["lingshu_cell"]["perturbation"]["notes"])
     assert notes[0] == "'IFNG' (1) was never trained: told by its embedding"
     assert notes[1:] == ["no effect to expect: neither other identities nor embeddings tell of it"]  # too few to fit
+
+
+def test_a_foretold_effect_is_shown_whole(known, folder, tmp_path):
+    """Without doses the means of a network that sees nothing change by what is foretold, whatever it does with it."""
+    train_quietly(known, tmp_path / "run", settings(folder, data={"dose_key": None}))
+    model = load_model(tmp_path / "run")
+    with torch.no_grad():
+        model.network.average_cell.gate_weight_G *= 0.7
+        model.network.average_cell.value_weight_G *= 0.7
+    asked = request_of(model, HELD_OUT)
+    planned = plan_cells(model, 4, condition=HELD_OUT).request
+    count_V = torch.from_numpy(token_midpoints()).float()
+    told = model.conditioner.predict_effect(asked.rows[0]).delta
+    slope = []
+    for request in (asked, planned):
+        shown = _shown(request.conditioner, request.rows, model.network, count_V)[0]
+        slope.append(float(told @ shown / (told @ told)))
+    assert slope[0] < 0.9 and slope[1] == pytest.approx(1, abs=0.02), slope
+    assert "times as strongly, so that it shows whole" in planned.notes[-1]
+    seen = {"cell_type": "CD4 T cells", "perturbation": "IFNB"}
+    assert "whole" not in " ".join(plan_cells(model, 4, condition=seen).notes)
 
 
 def test_a_combination_asked_for_in_another_order_gives_the_same_cells(model):

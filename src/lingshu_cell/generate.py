@@ -4,7 +4,7 @@ Shapes: B cells of a tile, G modelled genes, C condition fields.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from lingshu_cell.guidance_store import load_calibration
 from lingshu_cell.network.denoiser import build_denoiser, make_fast
 from lingshu_cell.network.distribution import Denoiser
 from lingshu_cell.request import Request, describe_request, resolve_request
+from lingshu_cell.shown_effects import with_effects_shown
 from lingshu_cell.silenced import Silenced, describe_silenced, read_silenced
 from lingshu_cell.tokens import MASK_TOKEN
 
@@ -353,6 +354,7 @@ def plan_cells(
     seed = whole_number(seed, "The seed", 0, 2**31 - 1, "Change --seed")
     chosen = resolve_schedule(model, steps=steps, schedule=schedule, max_kl=max_kl)
     request = request_of(model, condition, dose=dose, depth=depth, context=context, unseen=unseen)
+    request = _with_effects_shown(model, request)
     steering = steering or steering_of(model)
     _check_steering(model, request, steering)
     asked = {"condition": {key: str(value) for key, value in (condition or {}).items()}, "dose": dose, "unseen": unseen}
@@ -466,6 +468,16 @@ def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, 
         layer=model.config.data.layer,
         **asked,
     )
+
+
+def _with_effects_shown(model: TrainedModel, request: Request) -> Request:
+    if model.conditioner.effects is None:
+        return request
+    n_known = len(model.conditioner.effects.effect_KG)
+    count_V = torch.from_numpy(token_midpoints()).float().to(model.device)
+    with model.autocast():
+        conditioner, notes = with_effects_shown(request.conditioner, n_known, model.network, count_V)
+    return replace(request, conditioner=conditioner, notes=(*request.notes, *notes))
 
 
 def generate(model: TrainedModel, n_cells: int, **settings: Any) -> ad.AnnData:

@@ -1,0 +1,88 @@
+"""Foretold effects, told so strongly that a network shows them whole.
+
+Of an effect that it is told a network shows a part, .8 to .95 (docs/log.md), as those of training are noisy. Where no
+training cell has a condition, the effect is all that it knows of it: then what is shown should be what is foretold.
+
+Shapes: A conditions that no training cell has, G modelled genes, V tokens.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lingshu_cell.conditioning import Conditioner
+from lingshu_cell.network.distribution import Denoiser, Positions
+from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT, MASK_TOKEN
+
+_ROUNDS = 2  # what is shown is nearly linear in what is told
+_STRENGTHS = (0.5, 2.0)
+_LEAST_SHOWN = 0.1
+_ROWS_AT_ONCE = 32
+
+
+def with_effects_shown(
+    conditioner: Conditioner, n_known: int, denoiser: Denoiser, count_V: Tensor
+) -> tuple[Conditioner, list[str]]:
+    """Tell foretold effects as strongly as it takes for the mean of every gene, all genes hidden, to change by them.
+
+    Parameters
+    ----------
+    conditioner
+        With the effects foretold of conditions that no training cell has.
+    n_known
+        How many effects it had before, those of the training cells and *none*; they stay.
+    denoiser
+        The network.
+    count_V
+        Count that each token stands for, on the network's device.
+
+    Returns
+    -------
+    tuple
+        The conditioner, and what to tell of it. With doses nothing is changed: an effect is foretold for the mean dose.
+    """
+    table = conditioner.effects
+    if table is None or len(table.effect_KG) == n_known or conditioner.dose_mean is not None:
+        return conditioner, []
+    row_AC, told_AG = table.condition_KC[n_known:], table.effect_KG[n_known:].astype(np.float64)
+    strength_A = np.ones(len(row_AC))
+    square_A = np.maximum((told_AG**2).sum(1), 1e-12)
+    for _ in range(_ROUNDS):
+        shown_AG = _shown(conditioner, row_AC, denoiser, count_V)
+        share_A = np.maximum((told_AG * shown_AG).sum(1) / square_A, _LEAST_SHOWN)
+        strength_A = np.clip(strength_A / share_A, *_STRENGTHS)
+        effect_KG = table.effect_KG.copy()
+        effect_KG[n_known:] = told_AG * strength_A[:, None]
+        conditioner = replace(conditioner, effects=replace(table, effect_KG=effect_KG))
+    low, high = (f"{strength:.2f}" for strength in (strength_A.min(), strength_A.max()))
+    return conditioner, [f"told {low if low == high else f'{low} to {high}'} times as strongly, so that it shows whole"]
+
+
+def _shown(conditioner: Conditioner, row_AC: np.ndarray, denoiser: Denoiser, count_V: Tensor) -> np.ndarray:
+    """Change of the log share of every gene against control in the means of a network that sees nothing, A × G."""
+    pieces = np.array_split(row_AC, -(-len(row_AC) // _ROWS_AT_ONCE))
+    return np.concatenate(
+        [
+            _log_shares(conditioner, row, row, denoiser, count_V)
+            - _log_shares(conditioner, conditioner.as_control(row), row, denoiser, count_V)
+            for row in pieces
+        ]
+    )
+
+
+@torch.no_grad()
+def _log_shares(
+    conditioner: Conditioner, row_AC: np.ndarray, deep_as_AC: np.ndarray, denoiser: Denoiser, count_V: Tensor
+) -> np.ndarray:
+    """log(share + ε) of the mean of every gene, A × G, at the median library size of other conditions."""
+    depth_A = None
+    if conditioner.depths is not None:
+        depth_A = conditioner.depths.draw(deep_as_AC, np.full(len(row_AC), 0.5), conditioner.perturbation_field)
+    conditions = conditioner.conditions(row_AC, log_depth_N=depth_A).to(count_V.device)
+    n_genes = conditioner.effects.effect_KG.shape[1]
+    hidden_AG = torch.full((len(row_AC), n_genes), MASK_TOKEN, dtype=torch.int16, device=count_V.device)
+    everywhere = Positions.where(torch.ones_like(hidden_AG, dtype=torch.bool))
+    mean_AG = denoiser(hidden_AG, conditions).log_mean(everywhere, count_V).exp().view(len(row_AC), n_genes)
+    return torch.log(mean_AG / mean_AG.sum(1, keepdim=True) + EFFECT_PSEUDOCOUNT).double().cpu().numpy()
