@@ -48,10 +48,10 @@ def with_effects_shown(
         return conditioner, []
     row_AC, told_AG = table.condition_KC[n_known:], table.effect_KG[n_known:].astype(np.float64)
     strength_A = np.ones(len(row_AC))
-    square_A = np.maximum((told_AG**2).sum(1), 1e-12)
+    total_A = np.maximum(np.abs(told_AG).sum(1), 1e-12)  # not squares, or a knocked-out gene would outweigh all others
     for _ in range(_ROUNDS):
         shown_AG = _shown(conditioner, row_AC, denoiser, count_V)
-        share_A = np.maximum((told_AG * shown_AG).sum(1) / square_A, _LEAST_SHOWN)
+        share_A = np.maximum((np.sign(told_AG) * shown_AG).sum(1) / total_A, _LEAST_SHOWN)
         strength_A = np.clip(strength_A / share_A, *_STRENGTHS)
         effect_KG = table.effect_KG.copy()
         effect_KG[n_known:] = told_AG * strength_A[:, None]
