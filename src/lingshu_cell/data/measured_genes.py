@@ -52,8 +52,11 @@ class MeasuredGenes:
         has, those with cells of the rows like it (:meth:`ConditionRows.like`).
         """
         distinct, place_N = np.unique(condition_NC, axis=0, return_inverse=True)
-        found = [self.of_row_RS[self._rows.like(row, perturbation_field)].any(0) for row in distinct]
-        return np.stack(found)[place_N.reshape(-1)]
+        row = self._rows.find(distinct)
+        found = self.of_row_RS[row]
+        for i in np.flatnonzero(row < 0):
+            found[i] = self.of_row_RS[self._rows.like(distinct[i], perturbation_field)].any(0)
+        return found[place_N.reshape(-1)]
 
     def genes(self, condition_NC: np.ndarray, perturbation_field: int | None) -> np.ndarray:
         """Give the genes that some of these data sets measured, boolean, N × G."""
