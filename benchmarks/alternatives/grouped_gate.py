@@ -30,6 +30,10 @@ class GroupedGate(GatedDistribution):
         query_BPJE = query(self._h_BD).unflatten(2, (-1, self._head.gene_GE.shape[1]))
         return self._inner_products(query_BPJE)[positions.cell_M, :, positions.gene_M]
 
+    def _power_of_cells(self, positions: Positions) -> Tensor:
+        group_G = self._groups.place_G // self._groups.genes_per_group
+        return (self._h_BD @ self._head.power_D)[positions.cell_M, group_G[positions.gene_M]]
+
     def _inner_products(self, query_BPJE: Tensor) -> Tensor:
         """q_pj · U_g for the group p of each gene, B × J × G."""
         groups, codes_GE = self._groups, self._head.gene_GE

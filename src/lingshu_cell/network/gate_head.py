@@ -274,8 +274,10 @@ class GatedDistribution(CountDistribution):
         and more.
         """
         head = self._head
-        power_M = (self._h_BD @ head.power_D).index_select(0, positions.cell_M)
-        power_M = F.softplus(power_M + head.power_bias_G.index_select(0, positions.gene_M)) - _NO_POWER
+        power_M = (
+            F.softplus(self._power_of_cells(positions) + head.power_bias_G.index_select(0, positions.gene_M))
+            - _NO_POWER
+        )
         log_mean_M = head.log_mean_G.index_select(0, positions.gene_M)
         log_mean_M = (log_mean_M if fold_M is None else log_mean_M + fold_M).clamp(*_LOG_MEANS)
         narrow_MV = -0.5 * log_mean_M.exp()[:, None] * (log_count_V - log_mean_M[:, None]) ** 2
@@ -284,6 +286,10 @@ class GatedDistribution(CountDistribution):
             more_M = more_M + 0.5 * (log_mean_M + math.log(2 * math.pi))
             narrow_MV = torch.cat([narrow_MV[:, :-1], more_M[:, None]], dim=1)
         return power_M[:, None] * narrow_MV
+
+    def _power_of_cells(self, positions: Positions) -> Tensor:
+        """k · h at the positions, M."""
+        return (self._h_BD @ self._head.power_D).index_select(0, positions.cell_M)
 
     def _within(self, logits_MV: Tensor, positions: Positions, least_V: Tensor) -> Tensor:
         """Rule out counts above what is left of a cell's library; the first value always remains."""
