@@ -48,16 +48,25 @@ def with_effects_shown(
         return conditioner, []
     row_AC, told_AG = table.condition_KC[n_known:], table.effect_KG[n_known:].astype(np.float64)
     strength_A = np.ones(len(row_AC))
-    total_A = np.maximum(np.abs(told_AG).sum(1), 1e-12)  # not squares, or a knocked-out gene would outweigh all others
+    asked_AG = np.where(_own_genes(conditioner, row_AC), 0.0, told_AG)
+    square_A = np.maximum((asked_AG**2).sum(1), 1e-12)
     for _ in range(_ROUNDS):
         shown_AG = _shown(conditioner, row_AC, denoiser, count_V)
-        share_A = np.maximum((np.sign(told_AG) * shown_AG).sum(1) / total_A, _LEAST_SHOWN)
+        share_A = np.maximum((asked_AG * shown_AG).sum(1) / square_A, _LEAST_SHOWN)
         strength_A = np.clip(strength_A / share_A, *_STRENGTHS)
         effect_KG = table.effect_KG.copy()
         effect_KG[n_known:] = told_AG * strength_A[:, None]
         conditioner = replace(conditioner, effects=replace(table, effect_KG=effect_KG))
     low, high = (f"{strength:.2f}" for strength in (strength_A.min(), strength_A.max()))
     return conditioner, [f"told {low if low == high else f'{low} to {high}'} times as strongly, so that it shows whole"]
+
+
+def _own_genes(conditioner: Conditioner, row_AC: np.ndarray) -> np.ndarray:
+    """Which genes a perturbation is named after, A × G: the fall of a knocked-out gene would outweigh all others."""
+    labels = conditioner.vocabulary.fields[conditioner.perturbation_key]
+    names = np.array(conditioner.prior.gene_names, dtype=object)
+    parts = [conditioner.perturbations.parts(labels[row[conditioner.perturbation_field] - 1]) for row in row_AC]
+    return np.stack([np.isin(names, list(part)) for part in parts])
 
 
 def _shown(conditioner: Conditioner, row_AC: np.ndarray, denoiser: Denoiser, count_V: Tensor) -> np.ndarray:
