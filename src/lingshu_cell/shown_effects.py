@@ -17,7 +17,7 @@ from lingshu_cell.network.distribution import Denoiser, Positions
 from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT, MASK_TOKEN
 
 _ROUNDS = 2  # what is shown is nearly linear in what is told
-_STRENGTHS = (0.5, 2.0)
+_STRENGTHS = (1.0, 2.0)  # effects are shrunk by their noise: never told more weakly
 _LEAST_SHOWN = 0.1
 _ROWS_AT_ONCE = 32
 
