@@ -48,7 +48,7 @@ def test_rare_genes_are_those_below_the_threshold_in_training_cells_and_keep_the
     np.testing.assert_array_equal(cells.modelled, np.flatnonzero(detected >= 8))
     kept = np.bincount(cells.rare.gene, weights=cells.rare.count, minlength=pbmc.n_vars)
     np.testing.assert_array_equal(kept, np.where(detected < 8, counts.sum(0), 0))
-    assert cells.rare.n_cells == len(cells.train)
+    assert cells.rare.n_cells_S.tolist() == [len(cells.train)]
     assert any("genes are modelled" in note for note in cells.notes)
 
 
