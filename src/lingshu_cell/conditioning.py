@@ -115,14 +115,11 @@ class DepthTable:
     def _rows(self) -> ConditionRows:
         return ConditionRows(self.condition_RC)
 
-    @property
-    def _log_library_M(self) -> np.ndarray:
-        return np.log(np.maximum(self.library_M, 1))
-
     def log_moments(self, weight_R: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of the log library size over condition rows of given weights."""
         weight_M = np.repeat(weight_R / weight_R.sum() / self.n_R, self.n_R)
-        mean, square = (float(weight_M @ self._log_library_M**k) for k in (1, 2))
+        log_M = np.log(np.maximum(self.library_M, 1))
+        mean, square = (float(weight_M @ log_M**k) for k in (1, 2))
         return mean, max(square - mean**2, 0.0) ** 0.5
 
     def draw(self, condition_NC: np.ndarray, uniform_N: np.ndarray, perturbation_field: int | None) -> np.ndarray:
@@ -130,14 +127,14 @@ class DepthTable:
         of the rows like it (:meth:`ConditionRows.like`).
         """
         place_N, first_R = self._rows.find(condition_NC), np.cumsum(self.n_R) - self.n_R
-        drawn_N, seen_N = np.empty(len(place_N)), place_N >= 0
+        drawn_N, seen_N = np.empty(len(place_N), dtype=np.int64), place_N >= 0
         row = place_N[seen_N]
-        drawn_N[seen_N] = self._log_library_M[first_R[row] + _rank(uniform_N[seen_N], self.n_R[row])]
+        drawn_N[seen_N] = self.library_M[first_R[row] + _rank(uniform_N[seen_N], self.n_R[row])]
         for row in np.unique(condition_NC[~seen_N], axis=0):
-            like_M = np.sort(self._log_library_M[np.repeat(self._rows.like(row, perturbation_field), self.n_R)])
+            like_M = np.sort(self.library_M[np.repeat(self._rows.like(row, perturbation_field), self.n_R)])
             cells = ~seen_N & (condition_NC == row).all(1)
             drawn_N[cells] = like_M[_rank(uniform_N[cells], len(like_M))]
-        return drawn_N
+        return np.log(np.maximum(drawn_N, 1))
 
 
 @dataclass(frozen=True, eq=False)

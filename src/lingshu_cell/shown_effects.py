@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lingshu_cell.conditioning import Conditioner
+from lingshu_cell.conditioning import Conditioner, EffectTable
 from lingshu_cell.network.distribution import Denoiser, Positions
 from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT, MASK_TOKEN
 
@@ -50,13 +50,16 @@ def with_effects_shown(
     strength_A = np.ones(len(row_AC))
     asked_AG = np.where(_own_genes(conditioner, row_AC), 0.0, told_AG)
     square_A = np.maximum((asked_AG**2).sum(1), 1e-12)
+    none_1G, none_1C = table.effect_KG[:1], table.condition_KC[:1]
+    effect_AG = table.effect_KG[n_known:]
     for _ in range(_ROUNDS):
-        shown_AG = _shown(conditioner, row_AC, denoiser, count_V)
+        foretold = EffectTable(np.concatenate([none_1G, effect_AG]), np.concatenate([none_1C, row_AC]))
+        shown_AG = _shown(replace(conditioner, effects=foretold), row_AC, denoiser, count_V)
         share_A = np.maximum((asked_AG * shown_AG).sum(1) / square_A, _LEAST_SHOWN)
         strength_A = np.clip(strength_A / share_A, *_STRENGTHS)
-        effect_KG = table.effect_KG.copy()
-        effect_KG[n_known:] = told_AG * strength_A[:, None]
-        conditioner = replace(conditioner, effects=replace(table, effect_KG=effect_KG))
+        effect_AG = (told_AG * strength_A[:, None]).astype(np.float32)
+    effect_KG = np.concatenate([table.effect_KG[:n_known], effect_AG])
+    conditioner = replace(conditioner, effects=replace(table, effect_KG=effect_KG))
     low, high = (f"{strength:.2f}" for strength in (strength_A.min(), strength_A.max()))
     return conditioner, [f"told {low if low == high else f'{low} to {high}'} times as strongly, so that it shows whole"]
 
