@@ -19,6 +19,7 @@ from conftest import real_cells
 from lingshu_cell import __version__, cli
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.config import load_config
+from lingshu_cell.errors import LingshuError
 
 QUICK = {
     "network.width": 32, "network.gene_width": 8, "network.n_blocks": 1, "network.feedforward_width": 32,
@@ -292,6 +293,17 @@ def test_a_mistake_from_a_shell_leaves_code_2_and_one_line(workplace):
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("error: Counts must be integers")
 
 
+def damaged_by(cause):
+    """What readers make of an error of the library that reads."""
+    try:
+        try:
+            raise cause
+        except KeyError as error:
+            raise LingshuError("The file must be whole", str(error), "Write it again") from error
+    except LingshuError as error:
+        return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
@@ -306,6 +318,12 @@ def test_a_mistake_from_a_shell_leaves_code_2_and_one_line(workplace):
             1,
             "error: Memory must suffice",
         ),
+        (
+            damaged_by(KeyError("Unable to synchronously open object (memory allocation failed for chunk)")),
+            1,
+            "error: Memory must suffice: 'Unable to synchronously open object (memory allocation failed for chunk)'.",
+        ),
+        (damaged_by(KeyError("X")), 2, "error: The file must be whole: 'X'."),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
     ],
 )

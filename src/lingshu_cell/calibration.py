@@ -21,8 +21,7 @@ import torch
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.config import Config
 from lingshu_cell.data.anndata_io import H5adWriter
-from lingshu_cell.engine.gradients import is_out_of_memory
-from lingshu_cell.errors import LingshuError
+from lingshu_cell.errors import LingshuError, out_of_memory
 from lingshu_cell.generate import GeneratedChunk, draw_chunks, load_model, plan_cells, var_of
 from lingshu_cell.train import Progress, pick_device, train
 
@@ -244,10 +243,13 @@ def _tell(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...],
         resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     try:
         sender.send(("done", function(*arguments)))
-    except LingshuError as error:
-        sender.send(("refused", (error.rule, error.finding, error.remedy)))
     except Exception as error:
-        sender.send(("memory", None) if is_out_of_memory(error) else ("failed", traceback.format_exc()))
+        if out_of_memory(error):
+            sender.send(("memory", None))
+        elif isinstance(error, LingshuError):
+            sender.send(("refused", (error.rule, error.finding, error.remedy)))
+        else:
+            sender.send(("failed", traceback.format_exc()))
 
 
 @contextlib.contextmanager

@@ -40,7 +40,14 @@ from lingshu_cell.commands import (
     train,
 )
 from lingshu_cell.console import give, say, send_messages_to_stderr
-from lingshu_cell.errors import EXIT_CODE_INTERRUPTED, EXIT_CODE_TROUBLE, EXIT_CODE_USER_ERROR, LingshuError, one_line
+from lingshu_cell.errors import (
+    EXIT_CODE_INTERRUPTED,
+    EXIT_CODE_TROUBLE,
+    EXIT_CODE_USER_ERROR,
+    LingshuError,
+    one_line,
+    out_of_memory,
+)
 from lingshu_cell.launch import is_first, remember
 
 # Torch, AnnData and scanpy are imported inside the commands, so that help is there at once.
@@ -51,7 +58,6 @@ _WRONG_PATHS = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
 }  # fmt: skip
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class _Stopped(Exception):
@@ -165,6 +171,10 @@ def _what_stopped(error: BaseException | None) -> BaseException | None:
 def _one_line(error: BaseException) -> tuple[str | None, int]:
     """What to say of an error and the exit code; None for a fault of this program, which deserves its traceback."""
     error = _what_stopped(error) or error
+    if (ran_out := out_of_memory(error)) is not None:
+        finding = " ".join(str(ran_out).split())[:200] or "it ran out"
+        remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"
+        return f"error: Memory must suffice: {finding}. {remedy}.", EXIT_CODE_TROUBLE
     if isinstance(error, LingshuError):
         says_it = error.process == int(os.environ.get("RANK", "0"))  # what all processes find wrong, the first says
         return f"error: {error}" if says_it else "", error.exit_code
@@ -175,9 +185,6 @@ def _one_line(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, _Terminated):
         return "stopped by SIGTERM" if is_first() else "", EXIT_CODE_TERMINATED
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
-        remedy = "Lower --minibatch-size or training.microbatch_size, use fewer cells, or a smaller network"
-        return f"error: Memory must suffice: {text[:200] or 'it ran out'}. {remedy}.", EXIT_CODE_TROUBLE
     if isinstance(error, BrokenPipeError):
         return "stopped: nobody reads the output", EXIT_CODE_TROUBLE
     if isinstance(error, OSError) and error.errno in _WRONG_PATHS:

@@ -8,6 +8,10 @@ EXIT_CODE_INTERRUPTED = 130  # as shells say of what Ctrl-C ended
 _MOST_OFFENDERS = 5
 _LONGEST_NAME = 80
 _LONGEST_PART = 900
+_OUT_OF_MEMORY = (  # as torch, HDF5, numpy, the system and C++ say it
+    "out of memory", "can't allocate memory", "not enough memory", "memory allocation failed", "unable to allocate",
+    "cannot allocate memory", "bad_alloc",
+)  # fmt: skip
 
 
 class LingshuError(ValueError):
@@ -42,6 +46,19 @@ class LostProcessError(LingshuError):
     """One of several processes is gone, so the others cannot go on: nobody's mistake, and the command exits with 1."""
 
     exit_code = EXIT_CODE_TROUBLE
+
+
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """Find what says that memory ran out, of a GPU or of the machine, in an error or behind it; else ``None``.
+
+    Libraries that read files say it with errors of every kind, of which readers make one of a damaged file.
+    """
+    while error is not None:
+        is_said = any(words in str(error).lower() for words in _OUT_OF_MEMORY) and not isinstance(error, LingshuError)
+        if is_said or isinstance(error, MemoryError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def offenders(items: Iterable[object]) -> str:

@@ -16,10 +16,9 @@ from lingshu_cell.diffusion.loss import hidden_nll
 from lingshu_cell.engine.minibatch import Share, first_rows, parts_of, step_seed
 from lingshu_cell.engine.processes import World
 from lingshu_cell.engine.sharding import HeldNetwork
-from lingshu_cell.errors import LingshuError
+from lingshu_cell.errors import LingshuError, out_of_memory
 
 _TRIALS = 2  # steps apart at the start, and after microbatches became smaller
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Gradients:
@@ -92,13 +91,13 @@ class Gradients:
             return self._compute(share, apart)
         except (MemoryError, RuntimeError) as error:
             can_go_on = apart or self._world.size == 1
-            if not is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if can_go_on and self._is_auto and self.most_cells > 1:
                 return None
             if not self._is_auto or self.most_cells == 1:
                 raise
-            raise self._too_large() from None
+        raise self._too_large()
 
     def _compute(self, share: Share, apart: bool) -> float:
         n_parts = -(-self._world.largest_share(len(share.draws)) // self.most_cells)
@@ -140,8 +139,3 @@ class Gradients:
         )
         error.process = self._world.rank
         return error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of a GPU or of the machine."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
