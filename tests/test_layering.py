@@ -22,7 +22,7 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
     "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store history "
-    "network.compression network.gate_head pages wanted_cells",
+    "network.compression network.gate_head network.stated_means pages wanted_cells",
     "commands.options curve_store data.anndata_io data.de_tables data.embedding_sources data.gene_doctor "
     "data.prior_effects data.shards data.split_files data.store_writer diffusion.guidance diffusion.plan "
     "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder network.set_denoiser "

@@ -9,12 +9,12 @@ Shapes: A conditions that no training cell has, G modelled genes, V tokens.
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lingshu_cell.conditioning import Conditioner, EffectTable
-from lingshu_cell.network.distribution import Denoiser, Positions
-from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT, MASK_TOKEN
+from lingshu_cell.network.distribution import Denoiser
+from lingshu_cell.network.stated_means import stated_log_shares
+from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT
 
 _ROUNDS = 2  # what is shown is nearly linear in what is told
 _STRENGTHS = (1.0, 2.0)  # effects are shrunk by their noise: never told more weakly
@@ -67,34 +67,22 @@ def with_effects_shown(
 def _own_genes(conditioner: Conditioner, row_AC: np.ndarray) -> np.ndarray:
     """Which genes a perturbation is named after, A × G: the fall of a knocked-out gene would outweigh all others."""
     labels = conditioner.vocabulary.fields[conditioner.perturbation_key]
-    names = np.array(conditioner.prior.gene_names, dtype=object)
-    parts = [conditioner.perturbations.parts(labels[row[conditioner.perturbation_field] - 1]) for row in row_AC]
-    return np.stack([np.isin(names, list(part)) for part in parts])
+    own_AG = np.zeros((len(row_AC), conditioner.prior.n_genes), dtype=bool)
+    for own_G, row in zip(own_AG, row_AC, strict=True):
+        parts = conditioner.perturbations.parts(labels[row[conditioner.perturbation_field] - 1])
+        own_G[[gene for part in parts if (gene := conditioner.prior.own_gene(part)) >= 0]] = True
+    return own_AG
 
 
 def _shown(conditioner: Conditioner, row_AC: np.ndarray, denoiser: Denoiser, count_V: Tensor) -> np.ndarray:
-    """Change of the log share of every gene against control in the means of a network that sees nothing, A × G."""
+    """Log fold change of every gene against control in the means of a network that sees nothing, A × G."""
+
+    def log_shares(row_BC: np.ndarray, deep_as_BC: np.ndarray) -> np.ndarray:
+        depth_B = None  # the median library size of the condition, for control too
+        if conditioner.depths is not None:
+            depth_B = conditioner.depths.draw(deep_as_BC, np.full(len(row_BC), 0.5), conditioner.perturbation_field)
+        conditions = conditioner.conditions(row_BC, log_depth_N=depth_B).to(count_V.device)
+        return stated_log_shares(denoiser, conditions, conditioner.prior.n_genes, count_V, EFFECT_PSEUDOCOUNT)
+
     pieces = np.array_split(row_AC, -(-len(row_AC) // _ROWS_AT_ONCE))
-    return np.concatenate(
-        [
-            _log_shares(conditioner, row, row, denoiser, count_V)
-            - _log_shares(conditioner, conditioner.as_control(row), row, denoiser, count_V)
-            for row in pieces
-        ]
-    )
-
-
-@torch.no_grad()
-def _log_shares(
-    conditioner: Conditioner, row_AC: np.ndarray, deep_as_AC: np.ndarray, denoiser: Denoiser, count_V: Tensor
-) -> np.ndarray:
-    """log(share + ε) of the mean of every gene, A × G, at the median library size of other conditions."""
-    depth_A = None
-    if conditioner.depths is not None:
-        depth_A = conditioner.depths.draw(deep_as_AC, np.full(len(row_AC), 0.5), conditioner.perturbation_field)
-    conditions = conditioner.conditions(row_AC, log_depth_N=depth_A).to(count_V.device)
-    n_genes = conditioner.effects.effect_KG.shape[1]
-    hidden_AG = torch.full((len(row_AC), n_genes), MASK_TOKEN, dtype=torch.int16, device=count_V.device)
-    everywhere = Positions.where(torch.ones_like(hidden_AG, dtype=torch.bool))
-    mean_AG = denoiser(hidden_AG, conditions).log_mean(everywhere, count_V).exp().view(len(row_AC), n_genes)
-    return torch.log(mean_AG / mean_AG.sum(1, keepdim=True) + EFFECT_PSEUDOCOUNT).double().cpu().numpy()
+    return np.concatenate([log_shares(row, row) - log_shares(conditioner.as_control(row), row) for row in pieces])

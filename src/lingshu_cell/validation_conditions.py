@@ -25,8 +25,8 @@ from lingshu_cell.data.training_set import TrainingCells
 from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.expected_effects import with_expected_effects
 from lingshu_cell.history import RunTable
-from lingshu_cell.network.distribution import Denoise, Positions
-from lingshu_cell.tokens import MASK_TOKEN
+from lingshu_cell.network.distribution import Denoise
+from lingshu_cell.network.stated_means import stated_log_shares
 
 FILE = "conditions.csv"
 _COLUMNS = ("step", "condition", "r", "slope", "explained")
@@ -136,19 +136,16 @@ class ValidationConditions:
             np.zeros(len(some)) if dose_B is None else dose_B,
         )
 
-    @torch.no_grad()
     def scores(self, denoise: Denoise, device: torch.device) -> list[Score]:
         """Score every condition; the network is in evaluation mode."""
-        hidden_1G = torch.full((1, self.measured_KG.shape[1]), MASK_TOKEN, dtype=torch.int16, device=device)
-        everywhere, found = Positions.where(hidden_1G == MASK_TOKEN), []
-        count_V = torch.from_numpy(token_midpoints()).float().to(device)
+        count_V, found = torch.from_numpy(token_midpoints()).float().to(device), []
         for row_C, dose, measured_G in zip(self.row_KC, self.dose_K, self.measured_KG, strict=True):
-            log_means = []
+            log_shares = []
             for row_1C, one_dose in ((row_C[None], dose), (self.conditioner.as_control(row_C[None]), 0.0)):
                 told = self.conditioner.conditions(row_1C, dose_N=np.array([one_dose])).to(device)
-                mean_G = denoise(hidden_1G, told).log_mean(everywhere, count_V).double().exp()
-                log_means.append(torch.log(_TARGET_SUM * mean_G / mean_G.sum() + _PSEUDOCOUNT).cpu().numpy())
-            found.append(compare(log_means[0] - log_means[1], measured_G))
+                asked = denoise, told, len(measured_G), count_V, _PSEUDOCOUNT / _TARGET_SUM
+                log_shares.append(stated_log_shares(*asked)[0])
+            found.append(compare(log_shares[0] - log_shares[1], measured_G))
         return found
 
     @torch.no_grad()

@@ -163,6 +163,24 @@ class PriorEffects:
         source = f"{SUM}: {', '.join(f'{part} ({a.source})' for part, a in zip(parts, answers, strict=True))}"
         return PriorEffect(np.sum([answer.delta for answer in answers], axis=0), source, confidence, True)
 
+    def own_gene(self, perturbation: str, other_names: Mapping[str, Sequence[str]] | None = None) -> int:
+        """Find the gene that a perturbation is named after.
+
+        Parameters
+        ----------
+        perturbation
+            Label of a single perturbation.
+        other_names
+            Label → other names of its gene.
+
+        Returns
+        -------
+        int
+            Its position, −1 if there is none.
+        """
+        tried = (perturbation, *(other_names or {}).get(perturbation, ()))
+        return next((self._positions[name] for name in tried if name in self._positions), -1)
+
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Give everything as arrays and as plain JSON types, for a checkpoint.
 
@@ -248,14 +266,9 @@ class PriorEffects:
             if not found[0]:
                 return None
             weights = ridge_weights(r.features, r.penalty, vector)[0]
-        delta = r.predict(weights, self._position(perturbation, other_names))
+        delta = r.predict(weights, self.own_gene(perturbation, other_names))
         source = f"{RIDGE}: R2 out of fold {r.r2:.2f}"
         return PriorEffect(delta, source, self.confidence.get(RIDGE, 0.0), True)
-
-    def _position(self, perturbation: str, other_names: Mapping[str, Sequence[str]] | None) -> int:
-        """Position of the gene that a perturbation is named after, −1 if there is none."""
-        tried = (perturbation, *(other_names or {}).get(perturbation, ()))
-        return next((self._positions[name] for name in tried if name in self._positions), -1)
 
     def _nothing(self) -> PriorEffect:
         return PriorEffect(np.zeros(self.n_genes, np.float32), NONE, 0.0, False)
@@ -407,7 +420,7 @@ def _fit_ridge(
     if len(names) < FEWEST_FOR_RIDGE:
         return None
     effects = np.stack([_combine(m, np.array(rows_of[n]), _shares(np.sqrt(m.n_cells[rows_of[n]]))) for n in names])
-    own_genes = np.array([prior._position(name, other_names) for name in names], dtype=np.int64)
+    own_genes = np.array([prior.own_gene(name, other_names) for name in names], dtype=np.int64)
     return fit_ridge(names, features[found], effects, own_genes, embeddings.sha256, folds, seed)
 
 
