@@ -14,6 +14,7 @@ from lingshu_cell.data.tokenizer import encode, token_midpoints
 from lingshu_cell.data.training_set import assemble
 from lingshu_cell.network import compression
 from lingshu_cell.network.compression import GeneGroups, GroupedSoftmax
+from lingshu_cell.network.detection import SIZE, detection_logits, log_mean_of, share_of_values
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.network.gate_head import GateHead
 from lingshu_cell.network.set_denoiser import SetDenoiser
@@ -221,10 +222,55 @@ def test_extreme_logits_stay_finite():
     distribution = head(torch.zeros(1, 4))
     x_0_BG = torch.from_numpy(encode(np.array([[0, 1, 20_000]])))
     nll_B = distribution.nll(x_0_BG, torch.ones(1, 3, dtype=torch.bool))
-    expected = 0 + math.log(2) + math.log(K) + math.log(K) + math.log(N_EXPRESSION_TOKENS - K)
+    detected = -math.log(1 - (1 + 1 / SIZE) ** -SIZE)  # at a log mean of 0
+    expected = 0 + detected + math.log(K) + math.log(K) + math.log(N_EXPRESSION_TOKENS - K)
     assert nll_B.item() == pytest.approx(expected, rel=1e-5)
     unlikely = distribution.nll(torch.tensor([[1, 1, 0]]), torch.ones(1, 3, dtype=torch.bool))
-    assert unlikely.item() == pytest.approx(200 + math.log(2) + 2 * math.log(K) + 200, rel=1e-4)
+    undetected = SIZE * (200 - math.log(SIZE))
+    assert unlikely.item() == pytest.approx(200 + detected + 2 * math.log(K) + undetected, rel=1e-4)
+
+
+def test_genes_start_without_counts_far_above_what_cells_show(cells):
+    """Each of thousands of genes has a tail; a count of 10,000 of a gene with 20 at most would be most of a cell."""
+    counts_GV = cells.token_counts()
+    n_genes = len(counts_GV)
+    distribution = set_denoiser(cells)(torch.full((1, n_genes), MASK_TOKEN), torch.zeros(1, 0, dtype=torch.int64))
+    with torch.no_grad():
+        p_GV = distribution.log_probabilities(Positions.where(torch.ones(1, n_genes, dtype=torch.bool))).exp().numpy()
+    largest_G = np.array([MIDPOINTS[np.flatnonzero(row)[-1]] for row in counts_GV])
+    far_GV = token_midpoints() > np.maximum(5 * largest_G, 15)[:, None]
+    assert (p_GV * far_GV).sum() < 5e-3, "of 200 cells one has such a count"
+    assert (p_GV * far_GV * token_midpoints()).sum() < 0.25, "counts in a cell"
+
+
+def test_genes_that_no_cell_lacks_start_with_hardly_any_zeros():
+    head = GateHead(2, width=4, gene_width=4, n_small_values=K, count_of_token=MIDPOINTS)
+    head.initialise(rng())
+    counts_GV = torch.zeros(2, N_EXPRESSION_TOKENS)
+    counts_GV[0, encode(np.array(80))] = counts_GV[1, encode(np.array(8))] = 1000
+    head.start_at_frequencies(counts_GV)
+    undetected_G = torch.sigmoid(-head(torch.zeros(1, 4)).gate_logits()[0])
+    assert undetected_G.tolist() == pytest.approx([41**-2 / 1001, 5**-2 / 1001], rel=1e-3)
+
+
+def test_detection_is_that_of_a_negative_binomial():
+    log_mean = torch.linspace(-9, 5, 57, dtype=torch.float64, requires_grad=True)
+    undetected = stats.nbinom.pmf(0, SIZE, SIZE / (SIZE + log_mean.detach().exp().numpy()))
+    logits = detection_logits(log_mean)
+    np.testing.assert_allclose(torch.sigmoid(-logits).detach(), undetected, rtol=1e-9)
+    torch.testing.assert_close(log_mean_of(torch.from_numpy(1 - undetected)), log_mean.detach(), atol=1e-5, rtol=0)
+    assert torch.autograd.gradcheck(detection_logits, (log_mean,))
+    far = torch.tensor([-300.0, -30.0, -12.01, -11.99, 300.0], requires_grad=True)
+    found = detection_logits(far)
+    found.sum().backward()
+    torch.testing.assert_close(found[:4], far[:4].detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(far.grad, torch.tensor([1.0, 1.0, 1.0, 1.0, SIZE]), rtol=1e-4, atol=0)
+    # what detection and values take of a change of the mean is all of it
+    step = 1e-5
+    with torch.no_grad():
+        before, after = (torch.sigmoid(detection_logits(log_mean + s)) for s in (-step, step))
+    slope = torch.log(after / before) / (2 * step)
+    torch.testing.assert_close(share_of_values(torch.sigmoid(logits).detach()), 1 - slope, atol=1e-6, rtol=0)
 
 
 def test_the_gate_head_stays_in_fp32_under_autocast():

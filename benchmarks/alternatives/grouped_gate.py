@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingshu_cell.network.compression import GeneGroups
+from lingshu_cell.network.detection import detection_logits
 from lingshu_cell.network.distribution import Positions
 from lingshu_cell.network.gate_head import GatedDistribution, GateHead
 
@@ -21,7 +22,7 @@ class GroupedGate(GatedDistribution):
 
     def gate_logits(self) -> Tensor:
         """Logit of p(x_g > 0), B × G."""
-        return self._inner_products(self._gate_BE[:, :, None])[:, 0] + self._head.gate_bias_G
+        return detection_logits(self._inner_products(self._gate_BE[:, :, None])[:, 0] + self._head.gate_bias_G)
 
     def _gate_logits_at(self, positions: Positions) -> Tensor:
         return positions.of(self.gate_logits())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lingshu_cell.network.conditions import Conditions
+from lingshu_cell.network.detection import log_mean_of, share_of_values
 from lingshu_cell.tokens import EFFECT_PSEUDOCOUNT
 
 _LEAST_DETECTION = 1e-4
@@ -28,15 +29,15 @@ class Offsets:
     Attributes
     ----------
     gate_RG
-        Added to the logit of p(x_g > 0).
+        Added to the log mean that says how often a gene is detected.
     fold_RG
         Log fold of the mean of counts above 0, weighted by gene; the statistics take it in the amounts.
     amount_A
         For each statistic of small values and of the tail, how much of the fold it takes.
     place_B
         Which of the R average cells is a cell's.
-    gate_slope_RG, fold_slope_RG
-        How both move with the logarithm of a gene's mean.
+    fold_slope_RG
+        How the log fold moves with the logarithm of a gene's mean; detection has that logarithm itself.
     left_B
         Log ratio of what hidden genes of a cell have left to show and what they would show of the average cell; None
         where no library size is asked for.
@@ -48,7 +49,6 @@ class Offsets:
     fold_RG: Tensor
     amount_A: Tensor
     place_B: Tensor
-    gate_slope_RG: Tensor | None = None
     fold_slope_RG: Tensor | None = None
     left_B: Tensor | None = None
     most_B: Tensor | None = None
@@ -165,17 +165,13 @@ class AverageCell(nn.Module):
     def offsets(self, average: AverageCells, detection_G: Tensor, mean_log_G: Tensor) -> Offsets:
         """Give what takes the head from the marginals of all training cells to those of the average cells."""
         all_G = detection_G.clamp(_LEAST_DETECTION, 1 - _LEAST_DETECTION)
-        gate_RG = torch.logit(average.detected_RG) - torch.logit(all_G)
+        gate_RG = log_mean_of(average.detected_RG) - log_mean_of(all_G)
         fold_RG = torch.log(_typical(average.detected_RG, average.log_RG) / _typical(all_G, mean_log_G))
         fold_RG = fold_RG.clamp(-_MOST_FOLD, _MOST_FOLD) * self.value_weight_G
         offsets = Offsets(gate_RG * self.gate_weight_G, fold_RG, self.amount_A, average.place_B)
         if average.depth_B is None:
             return offsets
-        # Of a negative binomial of dispersion 1/2; a Poisson count's detection would follow depth beyond all measure
-        # where nearly every cell shows a gene.
-        undetected_RG = 1 - average.detected_RG
-        gate_slope_RG = 2 / (1 + undetected_RG.sqrt())
-        return replace(offsets, gate_slope_RG=gate_slope_RG, fold_slope_RG=1 - gate_slope_RG * undetected_RG)
+        return replace(offsets, fold_slope_RG=share_of_values(average.detected_RG))
 
 
 def _typical(detected_RG: Tensor, log_RG: Tensor) -> Tensor:

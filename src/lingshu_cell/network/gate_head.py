@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingshu_cell.network.average_cell import Offsets
+from lingshu_cell.network.detection import detection_logits, log_mean_of
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
@@ -32,6 +33,8 @@ N_STATISTICS = 3
 _TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
 _LEAST_TAIL = 1e-4  # probability of counts of K and more, given that there are any, below which means do without
 _RULED_OUT = 30.0  # nats
+_SIZE_OVERALL = 2.0  # of a negative binomial: a gene's counts over all cells
+_FIRST_TAIL_SD = 0.2  # of log counts from K up of a gene that hardly reaches them
 _FIRST_POWER = -3.0
 _NO_POWER = math.log1p(math.exp(_FIRST_POWER))  # .05: the power is 0 at the start, and never below -.05
 _LOG_MEANS = (-3.0, 10.0)
@@ -41,7 +44,7 @@ _DENSE_FROM = 100  # below 1 position in 100, gathered rows cost less than one d
 class GateHead(nn.Module):
     """From one hidden vector per cell to a distribution per gene.
 
-    * gate: logit p(x_g > 0) = u(h) · U_g + b_g
+    * gate: p(x_g > 0) is how often a gene with log mean u(h) · U_g + b_g is detected, see ``detection.py``
     * small values: log p(v) = c_gv + Σ_j (q_j(h) · U_g + s_gj) S_j(v) + κ_g(h) N_g(v) + constant,
       v = 1 … K-1 and "K or more"
     * tail: log p(v | v ≥ K) = d_v + Σ_j (r_j(h) · U_g + t_gj) T_j(v) + κ_g(h) N_g(v) + constant,
@@ -110,11 +113,11 @@ class GateHead(nn.Module):
         self.tail_bias_L.copy_(torch.gradient(self.tail_count_L.double())[0].clamp_min(1).log())
 
     @torch.no_grad()
-    def start_at_frequencies(self, token_counts_GV: Tensor, pseudocount: float = 10.0, neighbours: int = 200) -> None:
+    def start_at_frequencies(self, token_counts_GV: Tensor, pseudocount: float = 10.0) -> None:
         """Set the biases so that the untrained head gives each gene's own token frequencies.
 
         The small values of a gene are shrunk towards those of the genes with the nearest mean, worth ``pseudocount``
-        cells; its tail is a log-normal by moments, shrunk towards the tail of all genes.
+        cells, and so is its tail, a log-normal by moments: a gene never seen above 20 may be seen at 25, not at 10,000.
 
         Parameters
         ----------
@@ -123,35 +126,60 @@ class GateHead(nn.Module):
         """
         counts = token_counts_GV.float()
         n_cells_G = counts.sum(1)
-        self.gate_bias_G.copy_(torch.logit((n_cells_G - counts[:, 0] + 0.5) / (n_cells_G + 1)))
         small, tail_GL = counts[:, 1 : self.n_small_values], counts[:, self.n_small_values :]
-        small_GK = torch.cat([small, tail_GL.sum(1, keepdim=True)], dim=1)
-        overall_K = (small_GK.sum(0) + 0.1) / (small_GK.sum(0) + 0.1).sum()
         value_K = torch.arange(1.0, self.n_small_values + 1)
+        sum_G = counts[:, 1:] @ torch.cat([value_K[:-1], self.tail_count_L.cpu()])
+        self._start_gates(counts[:, 0], n_cells_G, sum_G)
+        small_GK = torch.cat([small, tail_GL.sum(1, keepdim=True)], dim=1)
+        floor_K = value_K**-3
+        floor_K[-1] = 0.5 * (self.n_small_values - 0.5) ** -2  # and all above
         by_mean = torch.argsort(((small_GK * value_K).sum(1) + 1) / (small_GK.sum(1) + 1), stable=True)
-        cumulative = F.pad(torch.cumsum(small_GK[by_mean].double(), 0), (0, 0, 1, 0))
-        i = torch.arange(len(counts))
-        near = cumulative[(i + neighbours).clamp_max(len(counts))] - cumulative[(i - neighbours).clamp_min(0)]
-        near = ((near + 0.5 * overall_K) / (near.sum(1, keepdim=True) + 0.5)).float()
-        prior_GK = torch.empty_like(near).index_copy_(0, by_mean, near)
+        near = _near(small_GK, by_mean)
+        prior_GK = (near + 0.5 * floor_K / floor_K.sum()) / (near.sum(1, keepdim=True) + 0.5)
         frequency = (small_GK + pseudocount * prior_GK) / (small_GK.sum(1, keepdim=True) + pseudocount)
         self.small_bias_GK.copy_(frequency.log())
-        count_V = torch.cat([value_K[:-1], self.tail_count_L.cpu()])
-        self.log_mean_G.copy_(((counts[:, 1:] @ count_V + 1) / (counts[:, 1:].sum(1) + 1)).log())
-        self._start_tails(tail_GL)
+        self.log_mean_G.copy_(((sum_G + 1) / (counts[:, 1:].sum(1) + 1)).log())
+        self._start_tails(tail_GL, by_mean)
 
-    def _start_tails(self, tail_GL: Tensor, pseudocount: float = 5.0) -> None:
+    def _start_gates(self, zeros_G: Tensor, n_cells_G: Tensor, sum_G: Tensor) -> None:
+        """Shrink the frequency of zeros towards that of a negative binomial, worth a cell: where no training cell lacks
+        a gene, that tells how far from it they are.
+        """
+        mean_G = sum_G.double() / n_cells_G.clamp_min(1)
+        expected_G = ((1 + mean_G / _SIZE_OVERALL) ** -_SIZE_OVERALL).clamp_max(0.5)
+        undetected_G = (zeros_G.double() + expected_G) / (n_cells_G + 1)
+        self.gate_bias_G.copy_(log_mean_of(1 - undetected_G))
+
+    def _start_tails(self, tail_GL: Tensor, by_mean: Tensor, pseudocount: float = 5.0) -> None:
+        """Fit log-normals by moments, those of a gene seen there in few cells shrunk towards those of genes with the
+        nearest mean, and these towards one that hardly leaves the first counts.
+        """
         log_L = self.tail_count_L.log().cpu()
         n_G = tail_GL.sum(1)
         mean_G = tail_GL @ log_L / n_G.clamp_min(1)
         square_G = (tail_GL * (log_L - mean_G[:, None]) ** 2).sum(1)
-        overall = (tail_GL.sum(0) @ log_L) / n_G.sum().clamp_min(1) if n_G.sum() > 0 else log_L[0]
-        spread = (tail_GL.sum(0) @ (log_L - overall) ** 2) / n_G.sum().clamp_min(1) + 0.01
-        mean_G = (mean_G * n_G + overall * pseudocount) / (n_G + pseudocount)
-        variance_G = (square_G + spread * pseudocount) / (n_G + pseudocount) + 0.01
+        weight_G = n_G.clamp_max(pseudocount)  # so that no gene speaks for all its neighbours
+        moments = torch.stack([torch.ones_like(mean_G), mean_G, mean_G**2 + square_G / n_G.clamp_min(1)], dim=1)
+        first = log_L[0] + _FIRST_TAIL_SD
+        near = _near(weight_G[:, None] * moments, by_mean)
+        near = near + pseudocount * torch.stack([torch.ones(()), first, first**2 + _FIRST_TAIL_SD**2])
+        near_mean_G = near[:, 1] / near[:, 0]
+        near_variance_G = near[:, 2] / near[:, 0] - near_mean_G**2
+        total_G = n_G + pseudocount
+        variance_G = (square_G + pseudocount * near_variance_G) / total_G
+        variance_G = variance_G + n_G * pseudocount * (mean_G - near_mean_G) ** 2 / total_G**2 + 0.01
+        mean_G = (mean_G * n_G + near_mean_G * pseudocount) / total_G
         # log N(log v; mean, variance) in the statistics 2 z and 5 z², z = log v - centre
         self.tail_bias_GJ[:, 0] = (mean_G - _TAIL_CENTRE) / variance_G / 2
         self.tail_bias_GJ[:, 1] = -1 / (2 * variance_G) / 5
+
+
+def _near(values_GX: Tensor, order: Tensor) -> Tensor:
+    """Sum the rows of each gene, and of 20 or one in 200 before and after it in an order, G × X."""
+    cumulative = F.pad(torch.cumsum(values_GX[order].double(), 0), (0, 0, 1, 0))
+    i, neighbours = torch.arange(len(order)), max(len(order) // 200, 20)
+    near = cumulative[(i + neighbours).clamp_max(len(order))] - cumulative[(i - neighbours).clamp_min(0)]
+    return torch.empty_like(values_GX).index_copy_(0, order, near.to(values_GX.dtype))
 
 
 class GatedDistribution(CountDistribution):
@@ -168,13 +196,12 @@ class GatedDistribution(CountDistribution):
     def gate_logits(self) -> Tensor:
         """Logit of p(x_g > 0), B × G, float32."""
         with self._fp32():
-            logits_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
+            log_mean_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
             if self._offsets is not None:
-                logits_BG = logits_BG + self._offsets.gate_RG.index_select(0, self._offsets.place_B)
+                log_mean_BG = log_mean_BG + self._offsets.gate_RG.index_select(0, self._offsets.place_B)
                 if self._offsets.left_B is not None:
-                    slope_BG = self._offsets.gate_slope_RG.index_select(0, self._offsets.place_B)
-                    logits_BG = logits_BG + self._offsets.left_B[:, None] * slope_BG
-            return logits_BG
+                    log_mean_BG = log_mean_BG + self._offsets.left_B[:, None]
+            return detection_logits(log_mean_BG)
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`."""
@@ -238,14 +265,12 @@ class GatedDistribution(CountDistribution):
         if len(positions) > n_all // _DENSE_FROM:
             return positions.of(self.gate_logits())
         codes_ME = self._head.gene_GE[positions.gene_M]
-        logits_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
+        log_mean_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
         if self._offsets is not None:
-            place_M = self._offsets.place_B[positions.cell_M]
-            logits_M = logits_M + self._offsets.gate_RG[place_M, positions.gene_M]
+            log_mean_M = log_mean_M + self._offsets.gate_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
             if self._offsets.left_B is not None:
-                slope_M = self._offsets.gate_slope_RG[place_M, positions.gene_M]
-                logits_M = logits_M + self._offsets.left_B[positions.cell_M] * slope_M
-        return logits_M
+                log_mean_M = log_mean_M + self._offsets.left_B[positions.cell_M]
+        return detection_logits(log_mean_M)
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
