@@ -90,6 +90,8 @@ def test_other_real_cells_are_rated_like_real_cells(judged):
     assert value["proportion_max_error"] < 0.12 and value["label_accuracy"] > 0.85 and value["marker_overlap"] > 0.4
     assert value["doublet_rate"] < 0.12 and value["training_duplicates"] == value["generated_duplicates"] == 0
     assert value["memorisation_distance_ratio"] == pytest.approx(1.0, abs=0.1)
+    for name in ("counts_far_above", "zeros_of_abundant_genes"):
+        assert value[name] == pytest.approx(ideal[name], abs=0.1), name
 
 
 def test_shuffled_genes_are_caught_by_every_joint_metric_and_by_no_marginal_one(judged):
@@ -103,6 +105,7 @@ def test_shuffled_genes_are_caught_by_every_joint_metric_and_by_no_marginal_one(
         assert abs(shuffled["gene_correlation_slope"]) < 0.2
         assert shuffled["gene_correlation_error"] > ideal["gene_correlation_error"] + 0.02
         assert shuffled["gene_mean_pearson"] > 0.98 and shuffled["zero_fraction_difference"] < 0.005
+        assert shuffled["zeros_of_abundant_genes"] > 3 * ideal["zeros_of_abundant_genes"]
     assert value["doublet_rate"] > 0.2 and value["proportion_max_error"] > 0.2
     assert value["memorisation_distance_ratio"] > 1.1
     assert value["label_accuracy"] is None and "cell-type column" in metrics["label_accuracy"]["why"]

@@ -13,8 +13,8 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "checksums claims commands data data.condition_rows data.effect_regression data.positions datasets diffusion "
     "diffusion.randomness ema engine errors figures interruption judgement metrics metrics.cell_types "
     "metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
-    "metrics.memorisation metrics.responses metrics.two_sample network network.conditions network.detection "
-    "network.layers network.rates tokens",
+    "metrics.memorisation metrics.outliers metrics.responses metrics.two_sample network network.conditions "
+    "network.detection network.layers network.rates tokens",
     "arguments data.cell_states data.condition_labels data.condition_sums data.containers data.counts "
     "data.hdf5_output data.labels data.quality data.splits data.tokenizer data.vocabulary diffusion.noising "
     "diffusion.schedule engine.stopping input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 "

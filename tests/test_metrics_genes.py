@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from scipy.stats import wasserstein_distance
 
 from lingshu_cell.metrics import embedding, genes
+from lingshu_cell.metrics.outliers import counts_far_above, zeros_of_abundant_genes
 
 
 def _counts(rng, n_cells=60, n_genes=80):
@@ -77,3 +78,20 @@ def test_no_trend_for_hardly_expressed_genes():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def test_counts_far_above_by_hand():
+    reference = sp.csr_matrix([[1, 0, 40], [3, 0, 10]])
+    counts = sp.csr_matrix([[15, 15, 200], [16, 16, 201], [0, 0, 0], [2, 0, 7]])
+    assert counts_far_above(counts, reference) == 1 / 4
+    assert counts_far_above(reference, reference) == 0
+
+
+def test_zeros_of_abundant_genes_by_hand():
+    reference = sp.csr_matrix([[50, 50, 0], [90, 0, 10], [0, 80, 20]])
+    kinds = np.array(["a", "b", "b"])
+    # a: shares .5 .5 0; b: .45 .4 .15
+    counts = sp.csr_matrix([[0, 40, 0], [20, 19, 0], [0, 0, 200], [0, 10, 0]])
+    found = zeros_of_abundant_genes(counts, np.array(["a", "a", "b", "b"]), reference, kinds)
+    assert found == 3 / 5  # one of two genes of the first cell, two of three of the third
+    assert zeros_of_abundant_genes(counts[3:], np.array(["b"]), reference, kinds) is None

@@ -22,6 +22,7 @@ from lingshu_cell.metrics import (
     genes,
     inputs,
     memorisation,
+    outliers,
     two_sample,
 )
 from lingshu_cell.metrics.clock import Clock
@@ -315,6 +316,9 @@ def _all_metrics(
     with clock.time("depth"):
         found.update(_depth_metrics(real, generated, rng))
     found.update(_type_metrics(cells, space, clock, rng))
+    if has_training:
+        with clock.time("outliers"):
+            found.update(_outlier_metrics(cells, rng))
     found.update(_memorisation_metrics(cells, has_training, clock, rng))
     return {name: catalogue.entry(name, sides) for name, sides in found.items() if not name.startswith("nelbo")}, m
 
@@ -418,6 +422,24 @@ def _correlation_metrics(cells: dict[str, Cells], space: Space, rng: np.random.G
             found["gene_correlation_slope"][side] = compared.slope
             found["gene_correlation_slope"][f"{side}_sd"] = compared.slope_error
     return found
+
+
+def _outlier_metrics(cells: dict[str, Cells], rng: np.random.Generator) -> dict[str, dict]:
+    """Counts that training cells come nowhere near, in generated, held-out and shuffled cells."""
+    real, generated, training = cells["real"], cells["generated"], cells["reference"]
+    some = real.take(rng.permutation(real.n)[:_MOST_CELLS_PAIR])
+    sides = {
+        "value": (generated.counts, generated.predicted),
+        "real_vs_real": (real.counts, real.predicted),
+        "shuffled": (genes.shuffle_genes(some.counts, rng), some.predicted),
+    }
+    reference = training.counts, training.predicted
+    return {
+        "counts_far_above": {side: outliers.counts_far_above(of[0], reference[0]) for side, of in sides.items()},
+        "zeros_of_abundant_genes": {
+            side: outliers.zeros_of_abundant_genes(*of, *reference) for side, of in sides.items()
+        },
+    }
 
 
 def _memorisation_metrics(

@@ -125,6 +125,20 @@ CATALOGUE: dict[str, MetricInfo] = {
         "Absolute difference between the shares of zeros of generated and real cells.",
         "Needs cells.",
     ),
+    "counts_far_above": MetricInfo(
+        "closer_to_real",
+        "fraction of cells",
+        "Share of cells with a count above five times the largest that training cells show of the gene (and above 15). "
+        "Some protocols make a few (PBMC 3k); a count of 10,000 is most of a cell, and no average shows it.",
+        _TRAINING,
+    ),
+    "zeros_of_abundant_genes": MetricInfo(
+        "closer_to_real",
+        "fraction",
+        "Share of zeros among genes of which a cell should have 20 counts or more, by its total and the training cells "
+        "of its predicted type.",
+        "Needs the cells the model was trained on (--training), and cells with so many counts of a gene.",
+    ),
     "mean_variance_error": MetricInfo(
         "lower",
         "nats",
