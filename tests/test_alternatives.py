@@ -230,7 +230,7 @@ def test_a_race_lowers_the_held_out_bound_and_ends_at_its_budget(cells, tmp_path
     by_steps, by_seconds = rows
     assert by_steps["points"][-1]["step"] == 60
     assert 0.3 <= by_seconds["points"][-1]["cpu_seconds"] < 0.6
-    assert by_steps["points"][-1]["nelbo"]["0.1"] < by_steps["points"][0]["nelbo"]["0.1"] - 0.3
+    assert by_steps["points"][-1]["nelbo"]["0.1"] < by_steps["points"][0]["nelbo"]["0.1"] - 0.1
     assert all(row["training_flops_per_cell"] > 1e4 for row in rows)
     assert (tmp_path / "log.json").is_file()
 

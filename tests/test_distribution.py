@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY_SET, real_cells
 from scipy import stats
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingshu_cell.data.anndata_io import read_counts
@@ -14,7 +15,14 @@ from lingshu_cell.data.tokenizer import encode, token_midpoints
 from lingshu_cell.data.training_set import assemble
 from lingshu_cell.network import compression
 from lingshu_cell.network.compression import GeneGroups, GroupedSoftmax
-from lingshu_cell.network.detection import SIZE, detection_logits, log_mean_of, share_of_values
+from lingshu_cell.network.detection import (
+    SIZE,
+    detection_logits,
+    detection_nll,
+    log_mean_of,
+    share_of_values,
+    undetected_rate,
+)
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.network.gate_head import GateHead
 from lingshu_cell.network.set_denoiser import SetDenoiser
@@ -227,7 +235,7 @@ def test_extreme_logits_stay_finite():
     assert nll_B.item() == pytest.approx(expected, rel=1e-5)
     unlikely = distribution.nll(torch.tensor([[1, 1, 0]]), torch.ones(1, 3, dtype=torch.bool))
     undetected = SIZE * (200 - math.log(SIZE))
-    assert unlikely.item() == pytest.approx(200 + detected + 2 * math.log(K) + undetected, rel=1e-4)
+    assert unlikely.item() == pytest.approx(60 - math.log(SIZE) + detected + 2 * math.log(K) + undetected, rel=1e-4)
 
 
 def test_genes_start_without_counts_far_above_what_cells_show(cells):
@@ -249,7 +257,7 @@ def test_genes_that_no_cell_lacks_start_with_hardly_any_zeros():
     counts_GV = torch.zeros(2, N_EXPRESSION_TOKENS)
     counts_GV[0, encode(np.array(80))] = counts_GV[1, encode(np.array(8))] = 1000
     head.start_at_frequencies(counts_GV)
-    undetected_G = torch.sigmoid(-head(torch.zeros(1, 4)).gate_logits()[0])
+    undetected_G = torch.exp(-undetected_rate(head(torch.zeros(1, 4)).log_means()[0]))
     assert undetected_G.tolist() == pytest.approx([41**-2 / 1001, 5**-2 / 1001], rel=1e-3)
 
 
@@ -260,11 +268,17 @@ def test_detection_is_that_of_a_negative_binomial():
     np.testing.assert_allclose(torch.sigmoid(-logits).detach(), undetected, rtol=1e-9)
     torch.testing.assert_close(log_mean_of(torch.from_numpy(1 - undetected)), log_mean.detach(), atol=1e-5, rtol=0)
     assert torch.autograd.gradcheck(detection_logits, (log_mean,))
-    far = torch.tensor([-300.0, -30.0, -12.01, -11.99, 300.0], requires_grad=True)
+    far = torch.tensor([-300.0, -50.0, -30.0, -12.0, 300.0], requires_grad=True)
     found = detection_logits(far)
     found.sum().backward()
-    torch.testing.assert_close(found[:4], far[:4].detach(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(far.grad, torch.tensor([1.0, 1.0, 1.0, 1.0, SIZE]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1:4], far[1:4].detach(), rtol=1e-4, atol=0)
+    assert -60 < found[0].item() < -55, "finite"
+    torch.testing.assert_close(far.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, SIZE]), rtol=1e-4, atol=0)
+    positive_BG, scored_BG = (torch.rand(3, 19, generator=rng(seed)) < 0.5 for seed in (1, 2))
+    log_mean_BG = log_mean.detach().view(3, 19).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: detection_nll(x, positive_BG, scored_BG), (log_mean_BG,))
+    expected_BG = F.binary_cross_entropy_with_logits(logits.view(3, 19), positive_BG.double(), reduction="none")
+    torch.testing.assert_close(detection_nll(log_mean_BG, positive_BG, scored_BG), (expected_BG * scored_BG).sum(1))
     # what detection and values take of a change of the mean is all of it
     step = 1e-5
     with torch.no_grad():

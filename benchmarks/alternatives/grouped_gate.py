@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingshu_cell.network.compression import GeneGroups
-from lingshu_cell.network.detection import detection_logits
 from lingshu_cell.network.distribution import Positions
 from lingshu_cell.network.gate_head import GatedDistribution, GateHead
 
@@ -20,12 +19,11 @@ class GroupedGate(GatedDistribution):
         super().__init__(head, h_BPD)
         self._groups = groups
 
-    def gate_logits(self) -> Tensor:
-        """Logit of p(x_g > 0), B × G."""
-        return detection_logits(self._inner_products(self._gate_BE[:, :, None])[:, 0] + self._head.gate_bias_G)
+    def log_means(self) -> Tensor:
+        return self._inner_products(self._gate_BE[:, :, None])[:, 0] + self._head.gate_bias_G
 
-    def _gate_logits_at(self, positions: Positions) -> Tensor:
-        return positions.of(self.gate_logits())
+    def _log_means_at(self, positions: Positions) -> Tensor:
+        return positions.of(self.log_means())
 
     def _tilt(self, query: nn.Linear, positions: Positions) -> Tensor:
         query_BPJE = query(self._h_BD).unflatten(2, (-1, self._head.gene_GE.shape[1]))

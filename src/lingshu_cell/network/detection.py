@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 SIZE = 8.0  # r: the counts of a gene given what else is known of its cell, measured (log)
 _LOG_SIZE = math.log(SIZE)
-_IS_LOGIT = -12.0  # below, log m is the logit to the last bit
+_LEAST = -60.0  # of log (m / r), which float32 can still tell from 0
 
 
 def log_mean_of(detected: Tensor) -> Tensor:
@@ -23,9 +23,15 @@ def log_mean_of(detected: Tensor) -> Tensor:
     return _LOG_SIZE + torch.log(torch.expm1(rate / SIZE))
 
 
+def undetected_rate(log_mean: Tensor) -> Tensor:
+    """Give λ = -log of the probability that a gene with a log mean is not detected, any shape."""
+    return SIZE * F.softplus((log_mean - _LOG_SIZE).clamp_min(_LEAST))
+
+
 def detection_logits(log_mean: Tensor) -> Tensor:
-    """Give the logit of the probability that a gene with a log mean is detected, any shape."""
-    return _DetectionLogits.apply(log_mean)
+    """Give the logit of the probability that a gene with a log mean is detected, λ + log(1 - e^-λ), any shape."""
+    rate = undetected_rate(log_mean)
+    return rate + torch.log(-torch.expm1(-rate))
 
 
 def share_of_values(detected: Tensor) -> Tensor:
@@ -34,19 +40,36 @@ def share_of_values(detected: Tensor) -> Tensor:
     return 1 - undetected * SIZE * (1 - undetected ** (1 / SIZE)) / detected
 
 
-class _DetectionLogits(torch.autograd.Function):
-    """With rate λ = r softplus(log m - log r) = -log p(0), the logit is λ + log(1 - e^-λ)."""
+def detection_nll(log_mean_BG: Tensor, is_detected_BG: Tensor, scored_BG: Tensor) -> Tensor:
+    """Give the negative log-likelihood of which genes are detected, summed over the scored genes of each cell, B.
+
+    Parameters
+    ----------
+    log_mean_BG
+        As in :func:`detection_logits`.
+    is_detected_BG, scored_BG
+        Which genes have counts, and which are asked for; bool.
+    """
+    return _DetectionNll.apply(log_mean_BG, is_detected_BG, scored_BG)
+
+
+class _DetectionNll(torch.autograd.Function):
+    """λ where a gene is not detected, -log(1 - e^-λ) where it is; value and slope are made in one pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, log_mean: Tensor) -> Tensor:
-        over = log_mean - _LOG_SIZE
-        rate = SIZE * F.softplus(over)
-        detected = -torch.expm1(-rate)
-        is_logit = log_mean < _IS_LOGIT
-        ctx.save_for_backward((SIZE * torch.sigmoid(over) / detected).masked_fill_(is_logit, 1.0))
-        return torch.where(is_logit, log_mean, rate + torch.log(detected))
+    def forward(ctx: FunctionCtx, log_mean_BG: Tensor, is_detected_BG: Tensor, scored_BG: Tensor) -> Tensor:
+        over_BG = (log_mean_BG - _LOG_SIZE).clamp_min_(_LEAST)
+        nll_BG = F.softplus(over_BG).mul_(SIZE)
+        slope_BG = over_BG.sigmoid_().mul_(SIZE)
+        place_M = torch.nonzero((is_detected_BG & scored_BG).flatten())[:, 0]  # a tenth of all
+        rate_M, slope_M = nll_BG.flatten()[place_M], slope_BG.flatten()[place_M]
+        detected_M = -torch.expm1(-rate_M)
+        nll_BG.view(-1)[place_M] = -torch.log(detected_M)
+        slope_BG.view(-1)[place_M] = slope_M * (1 - 1 / detected_M)
+        ctx.save_for_backward(slope_BG.mul_(scored_BG))
+        return nll_BG.mul_(scored_BG).sum(1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope
+    def backward(ctx: FunctionCtx, gradient_B: Tensor) -> tuple[Tensor, None, None]:
+        (slope_BG,) = ctx.saved_tensors
+        return gradient_B[:, None] * slope_BG, None, None

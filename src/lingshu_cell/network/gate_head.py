@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingshu_cell.network.average_cell import Offsets
-from lingshu_cell.network.detection import detection_logits, log_mean_of
+from lingshu_cell.network.detection import detection_logits, detection_nll, log_mean_of
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
@@ -193,22 +193,21 @@ class GatedDistribution(CountDistribution):
         self._head, self._h_BD, self._offsets = head, h_BD, offsets
         self._gate_BE = head.gate_query(h_BD)
 
-    def gate_logits(self) -> Tensor:
-        """Logit of p(x_g > 0), B × G, float32."""
+    def log_means(self) -> Tensor:
+        """Log mean that says how often each gene is detected, B × G, float32."""
         with self._fp32():
             log_mean_BG = torch.addmm(self._head.gate_bias_G, self._gate_BE, self._head.gene_GE.T)
             if self._offsets is not None:
                 log_mean_BG = log_mean_BG + self._offsets.gate_RG.index_select(0, self._offsets.place_B)
                 if self._offsets.left_B is not None:
                     log_mean_BG = log_mean_BG + self._offsets.left_B[:, None]
-            return detection_logits(log_mean_BG)
+            return log_mean_BG
 
     def nll(self, x_0_BG: Tensor, scored_BG: Tensor) -> Tensor:
         """See :meth:`CountDistribution.nll`."""
         k = self._head.n_small_values
         positive_BG = x_0_BG > 0
-        gate_BG = F.binary_cross_entropy_with_logits(self.gate_logits(), positive_BG.float(), reduction="none")
-        nll_B = (gate_BG * scored_BG).sum(1)
+        nll_B = detection_nll(self.log_means(), positive_BG, scored_BG)
         nonzero = Positions.where(positive_BG & scored_BG)
         value_M = nonzero.of(x_0_BG).long()
         small_M = F.cross_entropy(self._small_logits(nonzero), value_M.clamp_max(k) - 1, reduction="none")
@@ -220,14 +219,14 @@ class GatedDistribution(CountDistribution):
 
     def log_probabilities(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_probabilities`."""
-        gate_M1 = self._gate_logits_at(positions)[:, None]
+        gate_M1 = detection_logits(self._log_means_at(positions))[:, None]
         small_MK = torch.log_softmax(self._small_logits(positions), -1) + F.logsigmoid(gate_M1)
         tail_MV = torch.log_softmax(self._tail_logits(positions), -1) + small_MK[:, -1:]
         return torch.cat([F.logsigmoid(-gate_M1), small_MK[:, :-1], tail_MV], dim=1)
 
     def log_p_zero(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_p_zero`."""
-        return F.logsigmoid(-self._gate_logits_at(positions))
+        return F.logsigmoid(-detection_logits(self._log_means_at(positions)))
 
     def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
         """See :meth:`CountDistribution.log_mean`; the tail is looked at only where it has weight."""
@@ -238,11 +237,11 @@ class GatedDistribution(CountDistribution):
             mean_M = p_MK[:, :-1] @ count_V[1:k]
             tail_T = torch.softmax(self._tail_logits(positions[heavy]), -1) @ count_V[k:]
         mean_M = mean_M.index_add(0, heavy, p_MK[heavy, -1] * tail_T)
-        return F.logsigmoid(self._gate_logits_at(positions)) + torch.log(mean_M.clamp_min(1e-30))
+        return F.logsigmoid(detection_logits(self._log_means_at(positions))) + torch.log(mean_M.clamp_min(1e-30))
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw`; values are drawn only for the genes that come out non-zero."""
-        p_zero_M = torch.sigmoid(-self._gate_logits_at(positions))
+        p_zero_M = torch.sigmoid(-detection_logits(self._log_means_at(positions)))
         token_M = torch.zeros(len(positions), dtype=torch.int64, device=p_zero_M.device)
         nonzero = torch.nonzero(uniform_M2[:, 0] >= p_zero_M)[:, 0]
         where = positions[nonzero]
@@ -260,17 +259,17 @@ class GatedDistribution(CountDistribution):
         value_M[tail] = k + invert_cdf(self._tail_logits(positions[tail]), inside_T)
         return value_M
 
-    def _gate_logits_at(self, positions: Positions) -> Tensor:
+    def _log_means_at(self, positions: Positions) -> Tensor:
         n_all = self._gate_BE.shape[0] * self._head.gene_GE.shape[0]
         if len(positions) > n_all // _DENSE_FROM:
-            return positions.of(self.gate_logits())
+            return positions.of(self.log_means())
         codes_ME = self._head.gene_GE[positions.gene_M]
         log_mean_M = (self._gate_BE[positions.cell_M] * codes_ME).sum(-1) + self._head.gate_bias_G[positions.gene_M]
         if self._offsets is not None:
             log_mean_M = log_mean_M + self._offsets.gate_RG[self._offsets.place_B[positions.cell_M], positions.gene_M]
             if self._offsets.left_B is not None:
                 log_mean_M = log_mean_M + self._offsets.left_B[positions.cell_M]
-        return detection_logits(log_mean_M)
+        return log_mean_M
 
     def _small_logits(self, positions: Positions) -> Tensor:
         head = self._head
