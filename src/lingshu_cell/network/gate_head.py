@@ -34,7 +34,9 @@ _TAIL_CENTRE = 3.5  # log count around which the tail's statistics turn
 _LEAST_TAIL = 1e-4  # probability of counts of K and more, given that there are any, below which means do without
 _RULED_OUT = 30.0  # nats
 _SIZE_OVERALL = 2.0  # of a negative binomial: a gene's counts over all cells
-_FIRST_TAIL_SD = 0.2  # of log counts from K up of a gene that hardly reaches them
+_FIRST_TAIL_SD = 0.5  # of log counts from K up of a gene that hardly reaches them
+_REACH, _LEAST_REACH = 3.0, 60.0  # times the largest count of the training cells, and at least: common up to there
+_BEYOND = 8.0  # nats for a count e times as large
 _FIRST_POWER = -3.0
 _NO_POWER = math.log1p(math.exp(_FIRST_POWER))  # .05: the power is 0 at the start, and never below -.05
 _LOG_MEANS = (-3.0, 10.0)
@@ -47,8 +49,8 @@ class GateHead(nn.Module):
     * gate: p(x_g > 0) is how often a gene with log mean u(h) · U_g + b_g is detected, see ``detection.py``
     * small values: log p(v) = c_gv + Σ_j (q_j(h) · U_g + s_gj) S_j(v) + κ_g(h) N_g(v) + constant,
       v = 1 … K-1 and "K or more"
-    * tail: log p(v | v ≥ K) = d_v + Σ_j (r_j(h) · U_g + t_gj) T_j(v) + κ_g(h) N_g(v) + constant,
-      v = tokens K … 280
+    * tail: log p(v | v ≥ K) = d_v + Σ_j (r_j(h) · U_g + t_gj) T_j(v) + κ_g(h) N_g(v) - 8 max(log v - log R_g, 0)² +
+      constant, v = tokens K … 280; R_g is three times the largest count of the training cells, and 60 at least
     * narrowing: N_g(v) = -m_g (log v - log m_g)² / 2, a Poisson distribution near its mean m_g with heavier tails; its
       power is κ_g(h) = softplus(k · h + k_g) - .05
     """
@@ -76,6 +78,7 @@ class GateHead(nn.Module):
         self.power_D = nn.Parameter(torch.zeros(width))
         self.power_bias_G = nn.Parameter(torch.full((n_genes,), _FIRST_POWER))
         self.log_mean_G = nn.Parameter(torch.zeros(n_genes))
+        self.register_buffer("reach_G", torch.full((n_genes,), math.log(_LEAST_REACH)))
         self.register_buffer("small_log_K", torch.arange(1.0, n_small_values + 1).log(), persistent=False)
         self.register_buffer("tail_log_L", self.tail_count_L.log(), persistent=False)
 
@@ -113,7 +116,7 @@ class GateHead(nn.Module):
         self.tail_bias_L.copy_(torch.gradient(self.tail_count_L.double())[0].clamp_min(1).log())
 
     @torch.no_grad()
-    def start_at_frequencies(self, token_counts_GV: Tensor, pseudocount: float = 10.0) -> None:
+    def start_at_frequencies(self, token_counts_GV: Tensor, pseudocount: float = 30.0) -> None:
         """Set the biases so that the untrained head gives each gene's own token frequencies.
 
         The small values of a gene are shrunk towards those of the genes with the nearest mean, worth ``pseudocount``
@@ -140,6 +143,8 @@ class GateHead(nn.Module):
         self.small_bias_GK.copy_(frequency.log())
         self.log_mean_G.copy_(((sum_G + 1) / (counts[:, 1:].sum(1) + 1)).log())
         self._start_tails(tail_GL, by_mean)
+        largest_G = ((tail_GL > 0) * self.tail_count_L.cpu()).amax(1)
+        self.reach_G.copy_((_REACH * largest_G).clamp_min(_LEAST_REACH).log())
 
     def _start_gates(self, zeros_G: Tensor, n_cells_G: Tensor, sum_G: Tensor) -> None:
         """Shrink the frequency of zeros towards that of a negative binomial, worth a cell: where no training cell lacks
@@ -289,6 +294,9 @@ class GatedDistribution(CountDistribution):
             tilt_MJ = tilt_MJ + self._offset(fold_M, N_STATISTICS)
             logits_ML = tilt_MJ @ head.tail_statistic_JL + head.tail_bias_L
             logits_ML = logits_ML + self._narrowed(positions, fold_M, head.tail_log_L)
+            reach_M = head.reach_G.index_select(0, positions.gene_M)
+            reach_M = reach_M if fold_M is None else reach_M + fold_M.clamp_min(0)
+            logits_ML = logits_ML - _BEYOND * (head.tail_log_L - reach_M[:, None]).clamp_min(0) ** 2
             return self._within(logits_ML, positions, head.tail_least_L)
 
     def _narrowed(
