@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import TINY_SET, real_cells
 from scipy import stats
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingshu_cell.data.anndata_io import read_counts
@@ -17,8 +16,8 @@ from lingshu_cell.network import compression
 from lingshu_cell.network.compression import GeneGroups, GroupedSoftmax
 from lingshu_cell.network.detection import (
     SIZE,
-    detection_logits,
     detection_nll,
+    log_detected,
     log_mean_of,
     share_of_values,
     undetected_rate,
@@ -279,27 +278,24 @@ def test_genes_that_no_cell_lacks_start_with_hardly_any_zeros():
 def test_detection_is_that_of_a_negative_binomial():
     log_mean = torch.linspace(-9, 5, 57, dtype=torch.float64, requires_grad=True)
     undetected = stats.nbinom.pmf(0, SIZE, SIZE / (SIZE + log_mean.detach().exp().numpy()))
-    logits = detection_logits(log_mean)
-    np.testing.assert_allclose(torch.sigmoid(-logits).detach(), undetected, rtol=1e-9)
+    rate = undetected_rate(log_mean)
+    np.testing.assert_allclose(torch.exp(-rate).detach(), undetected, rtol=1e-9)
+    np.testing.assert_allclose(log_detected(rate).detach(), np.log1p(-undetected), rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(log_mean_of(torch.from_numpy(1 - undetected)), log_mean.detach(), atol=1e-5, rtol=0)
-    assert torch.autograd.gradcheck(detection_logits, (log_mean,))
-    far = torch.tensor([-300.0, -50.0, -30.0, -12.0, 300.0], requires_grad=True)
-    found = detection_logits(far)
-    found.sum().backward()
-    torch.testing.assert_close(found[1:4], far[1:4].detach(), rtol=1e-4, atol=0)
-    assert -60 < found[0].item() < -55, "finite"
-    torch.testing.assert_close(far.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, SIZE]), rtol=1e-4, atol=0)
+    far = torch.tensor([-300.0, -50.0, -30.0, 300.0])
+    expected = torch.tensor([math.log(SIZE) - 60, -50, -30, 0])
+    torch.testing.assert_close(log_detected(undetected_rate(far)), expected, rtol=1e-4, atol=0)
     positive_BG, scored_BG = (torch.rand(3, 19, generator=rng(seed)) < 0.5 for seed in (1, 2))
     log_mean_BG = log_mean.detach().view(3, 19).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: detection_nll(x, positive_BG, scored_BG), (log_mean_BG,))
-    expected_BG = F.binary_cross_entropy_with_logits(logits.view(3, 19), positive_BG.double(), reduction="none")
+    expected_BG = torch.where(positive_BG, -log_detected(rate.view(3, 19)), rate.view(3, 19))
     torch.testing.assert_close(detection_nll(log_mean_BG, positive_BG, scored_BG), (expected_BG * scored_BG).sum(1))
     # what detection and values take of a change of the mean is all of it
     step = 1e-5
     with torch.no_grad():
-        before, after = (torch.sigmoid(detection_logits(log_mean + s)) for s in (-step, step))
-    slope = torch.log(after / before) / (2 * step)
-    torch.testing.assert_close(share_of_values(torch.sigmoid(logits).detach()), 1 - slope, atol=1e-6, rtol=0)
+        before, after = (log_detected(undetected_rate(log_mean + s)) for s in (-step, step))
+    share = share_of_values(-torch.expm1(-rate).detach())
+    torch.testing.assert_close(share, 1 - (after - before) / (2 * step), atol=1e-6, rtol=0)
 
 
 def test_the_gate_head_stays_in_fp32_under_autocast():

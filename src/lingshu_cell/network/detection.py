@@ -28,10 +28,9 @@ def undetected_rate(log_mean: Tensor) -> Tensor:
     return SIZE * F.softplus((log_mean - _LOG_SIZE).clamp_min(_LEAST))
 
 
-def detection_logits(log_mean: Tensor) -> Tensor:
-    """Give the logit of the probability that a gene with a log mean is detected, λ + log(1 - e^-λ), any shape."""
-    rate = undetected_rate(log_mean)
-    return rate + torch.log(-torch.expm1(-rate))
+def log_detected(rate: Tensor) -> Tensor:
+    """Give the log of the probability that a gene is detected, log(1 - e^-λ), from the rate λ."""
+    return torch.log(-torch.expm1(-rate))
 
 
 def share_of_values(detected: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def detection_nll(log_mean_BG: Tensor, is_detected_BG: Tensor, scored_BG: Tensor
     Parameters
     ----------
     log_mean_BG
-        As in :func:`detection_logits`.
+        As in :func:`undetected_rate`.
     is_detected_BG, scored_BG
         Which genes have counts, and which are asked for; bool.
     """

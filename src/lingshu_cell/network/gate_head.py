@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingshu_cell.network.average_cell import Offsets
-from lingshu_cell.network.detection import detection_logits, detection_nll, log_mean_of
+from lingshu_cell.network.detection import detection_nll, log_detected, log_mean_of, undetected_rate
 from lingshu_cell.network.distribution import CountDistribution, Positions, invert_cdf
 from lingshu_cell.tokens import N_EXPRESSION_TOKENS
 
@@ -224,14 +224,14 @@ class GatedDistribution(CountDistribution):
 
     def log_probabilities(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_probabilities`."""
-        gate_M1 = detection_logits(self._log_means_at(positions))[:, None]
-        small_MK = torch.log_softmax(self._small_logits(positions), -1) + F.logsigmoid(gate_M1)
+        rate_M1 = self._undetected_rate(positions)[:, None]
+        small_MK = torch.log_softmax(self._small_logits(positions), -1) + log_detected(rate_M1)
         tail_MV = torch.log_softmax(self._tail_logits(positions), -1) + small_MK[:, -1:]
-        return torch.cat([F.logsigmoid(-gate_M1), small_MK[:, :-1], tail_MV], dim=1)
+        return torch.cat([-rate_M1, small_MK[:, :-1], tail_MV], dim=1)
 
     def log_p_zero(self, positions: Positions) -> Tensor:
         """See :meth:`CountDistribution.log_p_zero`."""
-        return F.logsigmoid(-detection_logits(self._log_means_at(positions)))
+        return -self._undetected_rate(positions)
 
     def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
         """See :meth:`CountDistribution.log_mean`; the tail is looked at only where it has weight."""
@@ -242,11 +242,11 @@ class GatedDistribution(CountDistribution):
             mean_M = p_MK[:, :-1] @ count_V[1:k]
             tail_T = torch.softmax(self._tail_logits(positions[heavy]), -1) @ count_V[k:]
         mean_M = mean_M.index_add(0, heavy, p_MK[heavy, -1] * tail_T)
-        return F.logsigmoid(detection_logits(self._log_means_at(positions))) + torch.log(mean_M.clamp_min(1e-30))
+        return log_detected(self._undetected_rate(positions)) + torch.log(mean_M.clamp_min(1e-30))
 
     def draw(self, positions: Positions, uniform_M2: Tensor) -> Tensor:
         """See :meth:`CountDistribution.draw`; values are drawn only for the genes that come out non-zero."""
-        p_zero_M = torch.sigmoid(-detection_logits(self._log_means_at(positions)))
+        p_zero_M = torch.exp(-self._undetected_rate(positions))
         token_M = torch.zeros(len(positions), dtype=torch.int64, device=p_zero_M.device)
         nonzero = torch.nonzero(uniform_M2[:, 0] >= p_zero_M)[:, 0]
         where = positions[nonzero]
@@ -263,6 +263,10 @@ class GatedDistribution(CountDistribution):
         inside_T = ((uniform_M[tail] - below_T) / (1 - below_T).clamp_min(1e-7)).clamp(0, 1 - 2**-24)
         value_M[tail] = k + invert_cdf(self._tail_logits(positions[tail]), inside_T)
         return value_M
+
+    def _undetected_rate(self, positions: Positions) -> Tensor:
+        """-log p(x_g = 0) at the positions, M."""
+        return undetected_rate(self._log_means_at(positions))
 
     def _log_means_at(self, positions: Positions) -> Tensor:
         n_all = self._gate_BE.shape[0] * self._head.gene_GE.shape[0]
