@@ -45,6 +45,7 @@ from lingshu_cell.errors import (
     EXIT_CODE_TROUBLE,
     EXIT_CODE_USER_ERROR,
     LingshuError,
+    and_behind,
     one_line,
     out_of_memory,
 )
@@ -161,10 +162,9 @@ def _forget_unwritten_output() -> None:
 
 def _what_stopped(error: BaseException | None) -> BaseException | None:
     """Ctrl-C or SIGTERM behind an error: libraries in C that were at work make other errors of it, of damaged files."""
-    while error is not None:
-        if isinstance(error, (KeyboardInterrupt, _Stopped, _Terminated)):
-            return error if isinstance(error, _Terminated) else _Stopped()
-        error = error.__cause__ or error.__context__
+    for one in and_behind(error):
+        if isinstance(one, (KeyboardInterrupt, _Stopped, _Terminated)):
+            return one if isinstance(one, _Terminated) else _Stopped()
     return None
 
 

@@ -1,6 +1,6 @@
 """One kind of error for every mistake a user can make: rule, finding, remedy, on one line."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXIT_CODE_USER_ERROR = 2
 EXIT_CODE_TROUBLE = 1
@@ -48,16 +48,22 @@ class LostProcessError(LingshuError):
     exit_code = EXIT_CODE_TROUBLE
 
 
+def and_behind(error: BaseException | None) -> Iterator[BaseException]:
+    """Give an error and those that it was made of, or was raised beside, one by one."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def out_of_memory(error: BaseException | None) -> BaseException | None:
     """Find what says that memory ran out, of a GPU or of the machine, in an error or behind it; else ``None``.
 
     Libraries that read files say it with errors of every kind, of which readers make one of a damaged file.
     """
-    while error is not None:
-        is_said = any(words in str(error).lower() for words in _OUT_OF_MEMORY) and not isinstance(error, LingshuError)
-        if is_said or isinstance(error, MemoryError):
-            return error
-        error = error.__cause__ or error.__context__
+    for one in and_behind(error):
+        is_said = any(words in str(one).lower() for words in _OUT_OF_MEMORY) and not isinstance(one, LingshuError)
+        if is_said or isinstance(one, MemoryError):
+            return one
     return None
 
 
