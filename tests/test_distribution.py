@@ -286,10 +286,10 @@ def test_detection_is_that_of_a_negative_binomial():
     expected = torch.tensor([math.log(SIZE) - 60, -50, -30, 0])
     torch.testing.assert_close(log_detected(undetected_rate(far)), expected, rtol=1e-4, atol=0)
     positive_BG, scored_BG = (torch.rand(3, 19, generator=rng(seed)) < 0.5 for seed in (1, 2))
-    log_mean_BG = log_mean.detach().view(3, 19).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: detection_nll(x, positive_BG, scored_BG), (log_mean_BG,))
+    log_mean_BG, detected = log_mean.detach().view(3, 19).requires_grad_(), Positions.where(positive_BG & scored_BG)
+    assert torch.autograd.gradcheck(lambda x: detection_nll(x, detected, scored_BG), (log_mean_BG,))
     expected_BG = torch.where(positive_BG, -log_detected(rate.view(3, 19)), rate.view(3, 19))
-    torch.testing.assert_close(detection_nll(log_mean_BG, positive_BG, scored_BG), (expected_BG * scored_BG).sum(1))
+    torch.testing.assert_close(detection_nll(log_mean_BG, detected, scored_BG), (expected_BG * scored_BG).sum(1))
     # what detection and values take of a change of the mean is all of it
     step = 1e-5
     with torch.no_grad():

@@ -14,31 +14,31 @@ ROWS = (  # from the bottom up: each module stands one row above the highest tha
     "diffusion.randomness ema engine errors figures interruption judgement metrics metrics.cell_types "
     "metrics.clock metrics.correlation metrics.depth metrics.doublets metrics.embedding metrics.genes "
     "metrics.memorisation metrics.outliers metrics.responses metrics.two_sample network network.conditions "
-    "network.detection network.layers network.rates tokens",
+    "network.layers network.rates tokens",
     "arguments data.cell_states data.condition_labels data.condition_sums data.containers data.counts "
     "data.hdf5_output data.labels data.quality data.splits data.tokenizer data.vocabulary diffusion.noising "
     "diffusion.schedule engine.stopping input_files launch metrics.catalogue metrics.cell_eval metrics.cell_eval2 "
-    "network.average_cell network.distribution network.perturbation output_files response_judgement",
+    "network.distribution network.perturbation output_files response_judgement",
     "checkpoint config data.cell_folder data.condition_splits data.count_blocks data.effects data.gene_embeddings "
     "data.gene_sets data.gene_tables data.perturbations data.store_files diffusion.information diffusion.loss "
     "diffusion.sampler diffusion.tilt engine.processes evaluation_folder guidance_store history "
-    "network.compression network.gate_head network.stated_means pages wanted_cells",
+    "network.compression network.detection network.stated_means pages wanted_cells",
     "commands.options curve_store data.anndata_io data.de_tables data.embedding_sources data.gene_doctor "
     "data.prior_effects data.shards data.split_files data.store_writer diffusion.guidance diffusion.plan "
-    "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder network.set_denoiser "
+    "diffusion.priors engine.minibatch engine.optimiser engine.sharding metrics.folder network.average_cell "
     "network.transformer_denoiser",
-    "check_vcc2026 conditioning data.sources data.store data.training_set engine.gradients metrics.differential "
-    "metrics.inputs network.denoiser perturbation_effects response_samples",
-    "baselines conditioning_of_cells data.cells_with_states data.loader data.measured_genes data.scan "
-    "engine.feeder evaluate expected_effects export_vcc2026 response_figures response_libraries run_config "
-    "shown_effects silenced",
-    "data.store_builder data.stored_cells engine.run_state evaluate_responses request response_section "
-    "validation_conditions",
-    "generate prepare response_report train",
-    "aligned_cells calibrate calibration console generate_shards report",
-    "commands.baseline commands.calibrate commands.config commands.de commands.embeddings commands.export "
-    "commands.genes commands.prepare commands.report commands.split demo planner schedule",
-    "commands.demo commands.generate commands.schedule commands.train model",
+    "check_vcc2026 data.sources data.store data.training_set engine.gradients metrics.differential metrics.inputs "
+    "network.gate_head perturbation_effects response_samples",
+    "baselines data.cells_with_states data.loader data.measured_genes data.scan engine.feeder evaluate "
+    "export_vcc2026 network.set_denoiser response_figures response_libraries run_config silenced",
+    "conditioning data.store_builder data.stored_cells evaluate_responses network.denoiser response_section",
+    "conditioning_of_cells engine.run_state expected_effects prepare response_report shown_effects",
+    "report request validation_conditions",
+    "generate train",
+    "aligned_cells calibrate calibration console demo generate_shards",
+    "commands.baseline commands.calibrate commands.config commands.de commands.demo commands.embeddings "
+    "commands.export commands.genes commands.prepare commands.report commands.split planner schedule",
+    "commands.generate commands.schedule commands.train model",
     "",  # the package itself, lingshu_cell/__init__.py
     "commands.evaluate commands.info",
     "cli",

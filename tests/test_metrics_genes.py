@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scipy.stats import wasserstein_distance
 
 from lingshu_cell.metrics import embedding, genes
-from lingshu_cell.metrics.outliers import counts_far_above, zeros_of_abundant_genes
+from lingshu_cell.metrics.outliers import counts_far_above, type_shares, zeros_of_abundant_genes
 
 
 def _counts(rng, n_cells=60, n_genes=80):
@@ -83,15 +83,16 @@ def rng():
 def test_counts_far_above_by_hand():
     reference = sp.csr_matrix([[1, 0, 40], [3, 0, 10]])
     counts = sp.csr_matrix([[15, 15, 200], [16, 16, 201], [0, 0, 0], [2, 0, 7]])
-    assert counts_far_above(counts, reference) == 1 / 4
-    assert counts_far_above(reference, reference) == 0
+    largest = reference.max(axis=0).toarray().ravel()
+    assert counts_far_above(counts, largest) == 1 / 4
+    assert counts_far_above(reference, largest) == 0
 
 
 def test_zeros_of_abundant_genes_by_hand():
     reference = sp.csr_matrix([[50, 50, 0], [90, 0, 10], [0, 80, 20]])
-    kinds = np.array(["a", "b", "b"])
+    shares = type_shares(reference, np.array(["a", "b", "b"]))
     # a: shares .5 .5 0; b: .45 .4 .15
     counts = sp.csr_matrix([[0, 40, 0], [20, 19, 0], [0, 0, 200], [0, 10, 0]])
-    found = zeros_of_abundant_genes(counts, np.array(["a", "a", "b", "b"]), reference, kinds)
+    found = zeros_of_abundant_genes(counts, np.array(["a", "a", "b", "b"]), shares)
     assert found == 3 / 5  # one of two genes of the first cell, two of three of the third
-    assert zeros_of_abundant_genes(counts[3:], np.array(["b"]), reference, kinds) is None
+    assert zeros_of_abundant_genes(counts[3:], np.array(["b"]), shares) is None

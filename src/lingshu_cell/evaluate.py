@@ -433,12 +433,11 @@ def _outlier_metrics(cells: dict[str, Cells], rng: np.random.Generator) -> dict[
         "real_vs_real": (real.counts, real.predicted),
         "shuffled": (genes.shuffle_genes(some.counts, rng), some.predicted),
     }
-    reference = training.counts, training.predicted
+    largest_G = training.counts.max(axis=0).toarray().ravel().astype(np.float64)
+    shares = outliers.type_shares(training.counts, training.predicted)
     return {
-        "counts_far_above": {side: outliers.counts_far_above(of[0], reference[0]) for side, of in sides.items()},
-        "zeros_of_abundant_genes": {
-            side: outliers.zeros_of_abundant_genes(*of, *reference) for side, of in sides.items()
-        },
+        "counts_far_above": {side: outliers.counts_far_above(of[0], largest_G) for side, of in sides.items()},
+        "zeros_of_abundant_genes": {side: outliers.zeros_of_abundant_genes(*of, shares) for side, of in sides.items()},
     }
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from lingshu_cell.network.distribution import Positions
+
 SIZE = 8.0  # r: the counts of a gene given what else is known of its cell, measured (log)
 _LOG_SIZE = math.log(SIZE)
 _LEAST = -60.0  # of log (m / r), which float32 can still tell from 0
@@ -39,28 +41,30 @@ def share_of_values(detected: Tensor) -> Tensor:
     return 1 - undetected * SIZE * (1 - undetected ** (1 / SIZE)) / detected
 
 
-def detection_nll(log_mean_BG: Tensor, is_detected_BG: Tensor, scored_BG: Tensor) -> Tensor:
+def detection_nll(log_mean_BG: Tensor, detected: Positions, scored_BG: Tensor) -> Tensor:
     """Give the negative log-likelihood of which genes are detected, summed over the scored genes of each cell, B.
 
     Parameters
     ----------
     log_mean_BG
         As in :func:`undetected_rate`.
-    is_detected_BG, scored_BG
-        Which genes have counts, and which are asked for; bool.
+    detected
+        Where scored genes have counts.
+    scored_BG
+        Which genes are asked for; bool.
     """
-    return _DetectionNll.apply(log_mean_BG, is_detected_BG, scored_BG)
+    return _DetectionNll.apply(log_mean_BG, detected, scored_BG)
 
 
 class _DetectionNll(torch.autograd.Function):
     """λ where a gene is not detected, -log(1 - e^-λ) where it is; value and slope are made in one pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, log_mean_BG: Tensor, is_detected_BG: Tensor, scored_BG: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, log_mean_BG: Tensor, detected: Positions, scored_BG: Tensor) -> Tensor:
         over_BG = (log_mean_BG - _LOG_SIZE).clamp_min_(_LEAST)
         nll_BG = F.softplus(over_BG).mul_(SIZE)
         slope_BG = over_BG.sigmoid_().mul_(SIZE)
-        place_M = torch.nonzero((is_detected_BG & scored_BG).flatten())[:, 0]  # a tenth of all
+        place_M = detected.cell_M * nll_BG.shape[1] + detected.gene_M  # a tenth of all
         rate_M, slope_M = nll_BG.flatten()[place_M], slope_BG.flatten()[place_M]
         detected_M = -torch.expm1(-rate_M)
         nll_BG.view(-1)[place_M] = -torch.log(detected_M)

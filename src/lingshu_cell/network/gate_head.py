@@ -212,8 +212,8 @@ class GatedDistribution(CountDistribution):
         """See :meth:`CountDistribution.nll`."""
         k = self._head.n_small_values
         positive_BG = x_0_BG > 0
-        nll_B = detection_nll(self.log_means(), positive_BG, scored_BG)
         nonzero = Positions.where(positive_BG & scored_BG)
+        nll_B = detection_nll(self.log_means(), nonzero, scored_BG)
         value_M = nonzero.of(x_0_BG).long()
         small_M = F.cross_entropy(self._small_logits(nonzero), value_M.clamp_max(k) - 1, reduction="none")
         nll_B = nll_B.index_add(0, nonzero.cell_M, small_M)
