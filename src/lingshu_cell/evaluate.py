@@ -314,11 +314,12 @@ def _all_metrics(
             samples = (_features(c.take(rng.permutation(c.n)[:n])) for c in (real, generated))
             found[_ALL_CELLS_AUC]["value"] = two_sample.forest_auc(*samples, space.seed, _TREES_ALL_CELLS)
     with clock.time("depth"):
-        found.update(_depth_metrics(real, generated, rng))
+        depths, shuffled = _depth_metrics(real, generated, rng)
+        found.update(depths)
     found.update(_type_metrics(cells, space, clock, rng))
     if has_training:
         with clock.time("outliers"):
-            found.update(_outlier_metrics(cells, rng))
+            found.update(_outlier_metrics(cells, shuffled))
     found.update(_memorisation_metrics(cells, has_training, clock, rng))
     return {name: catalogue.entry(name, sides) for name, sides in found.items() if not name.startswith("nelbo")}, m
 
@@ -361,20 +362,23 @@ def _features(cells: Cells) -> np.ndarray:
     return np.column_stack([cells.components, cells.depth.log_umi, np.log1p(cells.depth.detected)])
 
 
-def _depth_metrics(real: Cells, generated: Cells, rng: np.random.Generator) -> dict[str, dict]:
-    """Library size, genes detected and zeros over all cells; real-vs-real from many halves of the real cells."""
+def _depth_metrics(
+    real: Cells, generated: Cells, rng: np.random.Generator
+) -> tuple[dict[str, dict], tuple[sp.csr_matrix, np.ndarray]]:
+    """Library size, genes detected and zeros over all cells; real-vs-real from many halves of the real cells. Also give
+    the counts of the shuffled cells, and the types of the cells they were shuffled from.
+    """
     found: dict[str, dict] = {
         name: {"value": value} for name, value in depth.compare_depth(real.depth, generated.depth).items()
     }
     if real.n >= 2 * _LEAST_CELLS:
         for name, values in depth.depth_between_halves(real.depth, rng, _CHEAP_SPLITS).items():
             found[name]["real_vs_real"] = values
-    shuffled = depth.measure_depth(
-        genes.shuffle_genes(real.take(rng.permutation(real.n)[:_MOST_CELLS_PAIR]).counts, rng)
-    )
-    for name, value in depth.compare_depth(real.depth, shuffled).items():
+    some = real.take(rng.permutation(real.n)[:_MOST_CELLS_PAIR])
+    shuffled = genes.shuffle_genes(some.counts, rng)
+    for name, value in depth.compare_depth(real.depth, depth.measure_depth(shuffled)).items():
         found[name]["shuffled"] = value
-    return found
+    return found, (shuffled, some.predicted)
 
 
 def _type_metrics(cells: dict[str, Cells], space: Space, clock: Clock, rng: np.random.Generator) -> dict[str, dict]:
@@ -424,14 +428,13 @@ def _correlation_metrics(cells: dict[str, Cells], space: Space, rng: np.random.G
     return found
 
 
-def _outlier_metrics(cells: dict[str, Cells], rng: np.random.Generator) -> dict[str, dict]:
-    """Counts that training cells come nowhere near, in generated, held-out and shuffled cells."""
+def _outlier_metrics(cells: dict[str, Cells], shuffled: tuple[sp.csr_matrix, np.ndarray]) -> dict[str, dict]:
+    """Counts that training cells come nowhere near, in generated, held-out and shuffled cells: counts and types."""
     real, generated, training = cells["real"], cells["generated"], cells["reference"]
-    some = real.take(rng.permutation(real.n)[:_MOST_CELLS_PAIR])
     sides = {
         "value": (generated.counts, generated.predicted),
         "real_vs_real": (real.counts, real.predicted),
-        "shuffled": (genes.shuffle_genes(some.counts, rng), some.predicted),
+        "shuffled": shuffled,
     }
     largest_G = training.counts.max(axis=0).toarray().ravel().astype(np.float64)
     shares = outliers.type_shares(training.counts, training.predicted)
