@@ -14,9 +14,10 @@ from scipy import sparse
 
 from lingshu_cell.checkpoint import load_checkpoint
 from lingshu_cell.config import load_config
+from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
 from lingshu_cell.data.tokenizer import encode, token_midpoints
 from lingshu_cell.diffusion.loss import nll_per_hidden_share
-from lingshu_cell.generate import generate, load_model
+from lingshu_cell.generate import generate, load_model, steering_of
 from lingshu_cell.network.denoiser import build_denoiser
 from lingshu_cell.network.distribution import Positions
 from lingshu_cell.network.set_denoiser import ConditionSizes
@@ -112,6 +113,44 @@ def test_a_resumed_run_goes_on_on_the_gpu(pbmc, tmp_path):
         train([pbmc], tmp_path / "run", tiny_config(training=settings), on_progress=stop)
     result = train([pbmc], tmp_path / "run", tiny_config(training=settings), resume=True)
     assert result.step == 20 and not result.interrupted
+
+
+SPLIT = """
+perturbation_key = "drug"
+control = "none"
+identity_key = "cell_type"
+[held_out]
+pairs = [{ cell_type = "B cells", drug = "ACTB" }]
+[validation]
+pairs = [{ cell_type = "NK cells", drug = "ACTB" }]
+"""
+
+
+def test_perturbations_are_learnt_and_asked_for_as_on_the_cpu(pbmc, tmp_path):
+    cells, rng = pbmc.copy(), np.random.default_rng(0)
+    drug = rng.choice(["none", "ACTB", "B2M"], cells.n_obs)
+    cells.obs["drug"], cells.obs["dose"] = drug, np.where(drug == "none", np.nan, rng.choice([1.0, 10.0], cells.n_obs))
+    (tmp_path / "split.toml").write_text(SPLIT, encoding="utf-8")
+    vectors = rng.normal(size=(3, 4)).astype(np.float32)
+    write_embeddings(GeneEmbeddings.of(["ACTB", "B2M", "CD74"], vectors, "a test"), tmp_path / "embeddings.npz")
+    told = {
+        "perturbation_key": "drug", "control": "none", "dose_key": "dose", "split": str(tmp_path / "split.toml"),
+        "embeddings": [str(tmp_path / "embeddings.npz")], "depth": True,
+    }  # fmt: skip
+    train([cells], tmp_path / "run", tiny_config(data=told, training={"device": "cuda"}))
+    context = cells[drug == "none"].copy()
+    asked = (
+        {"condition": {"cell_type": "B cells", "drug": "ACTB"}, "dose": 5.0, "guidance": {"guidance_scale": 1.5}},
+        {"condition": {"cell_type": "B cells", "drug": "CD74"}, "dose": 5.0, "unseen": "embedding", "guidance": {}},
+        {"condition": {"drug": "B2M"}, "dose": 1.0, "context": context, "guidance": {"guidance_space": "logits"}},
+    )
+    for wish in asked:
+        made = []
+        for device in ("cpu", "cuda"):
+            model = load_model(tmp_path / "run", device)
+            rest = {key: value for key, value in wish.items() if key != "guidance"}
+            made.append(generate(model, 24, steering=steering_of(model, **wish["guidance"]), **rest).X.toarray())
+        assert (made[0] != made[1]).mean() < 0.01
 
 
 def test_paper_network_takes_a_bf16_step_at_full_length():
