@@ -95,7 +95,7 @@ faults: $(STAMP)
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	@$(GPU_PYTHON) -c 'from importlib.metadata import version; version("lingshu-cell")' 2>/dev/null \
 	  || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  PYTHONPATH=src $(GPU_PYTHON) benchmarks/paper_step.py --device cuda --precisions bf16 && \
 	  PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_speed.py; \

@@ -44,9 +44,9 @@ def generation_speed(run: Path, tile: int, n_cells: int) -> dict[str, Any]:
     model = load_model(run, "cuda")
     generation = model.config.generation.model_copy(update={"tile_size": tile, "minibatch_size": tile})
     model = replace(model, config=model.config.model_copy(update={"generation": generation}))
-    generate_file(model, tile, run / "warm.h5ad")
+    generate_file(model, tile, run / f"warm-{tile}.h5ad")
     started = time.perf_counter()
-    generate_file(model, n_cells, run / "cells.h5ad")
+    generate_file(model, n_cells, run / f"cells-{tile}.h5ad")
     seconds = time.perf_counter() - started
     return {"tile": tile, "cells": n_cells, "seconds": seconds, "cells_per_second": n_cells / seconds}
 

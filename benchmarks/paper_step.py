@@ -72,6 +72,18 @@ def real_tokens(n_cells: int, n_genes: int) -> Any:
     return torch.from_numpy(encode(counts[cells][:, genes].toarray().astype(np.int32)))
 
 
+def token_counts(x_0_BG: Any) -> Any:
+    """Count in how many cells each gene shows each token."""
+    import torch
+
+    from lingshu_cell.tokens import N_EXPRESSION_TOKENS
+
+    n_genes = x_0_BG.shape[1]
+    place_BG = x_0_BG.long() + N_EXPRESSION_TOKENS * torch.arange(n_genes)
+    counts = torch.bincount(place_BG.flatten(), minlength=n_genes * N_EXPRESSION_TOKENS)
+    return counts.unflatten(0, (n_genes, N_EXPRESSION_TOKENS))
+
+
 def measure(case: Case) -> dict[str, Any]:
     """Time one case, count its operations by formula and by PyTorch's counter, and measure the ceiling.
 
@@ -98,6 +110,8 @@ def measure(case: Case) -> dict[str, Any]:
     x_0_BG = real_tokens(case.n_cells, case.n_genes)
     cost = network_cost(config.network, case.n_genes, 0, float((x_0_BG > 0).float().mean()), case.training)
     network = build_denoiser(config.network, case.n_genes, ConditionSizes(), torch.from_numpy(token_midpoints()), _SEED)
+    if hasattr(network, "start_at_frequencies"):  # as training starts: what a step draws depends on it
+        network.start_at_frequencies(token_counts(x_0_BG))
     network, x_0_BG = network.to(case.device), x_0_BG.to(case.device)
     prepare = _training_step if case.training else _generation_step
     step, n_asked = prepare(network, x_0_BG, config, case)
