@@ -9,6 +9,7 @@ package's baselines predict the same conditions from the same training cells, an
     python benchmarks/responses.py gbm
     python benchmarks/responses.py sergio-pairs    # and sergio-targets, after simulated_screen.py
     python benchmarks/responses.py kang --variants scvi_counterfactual scvi_arithmetic   # after peers/make_venv.sh
+    python benchmarks/responses.py gbm --variants ours-calibrated --set calibrate=true
 """
 
 import argparse
@@ -33,8 +34,10 @@ BASELINES = ("control_bootstrap", "perturbation_mean", "context_mean", "additive
 CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
 MOST_CELLS = 500  # of each condition
 STEPS = 32
+CALIBRATION_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 CLEAR_GENES = 50  # real DE genes of a condition whose single-gene metrics are more than chance
 CLEAR = "average score, clear conditions"
+VALIDATED = "split-validated.toml"  # the split of a fold with validation conditions
 PRIORS = SHARED / "priors"
 TRUTH = "truth.json"
 TRUE_EFFECT, TRUE_GENES = np.log(1.25), 5  # an exact effect is judged where so many genes change by a quarter
@@ -145,10 +148,13 @@ SCREENS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What a variant changes: settings of training, and of generation (guidance_scale, steps, depth …)."""
+    """What a variant changes: settings of training, and of generation (guidance_scale, steps, depth …); and whether the
+    strength of guidance is fitted, on what the next fold holds out, which is then not trained.
+    """
 
     training: dict[str, Any]
     generation: dict[str, Any]
+    calibrate: bool = False
 
 
 def keys_of(screen: Screen) -> list[str]:
@@ -177,19 +183,20 @@ def folds_of(screen: Screen, obs: pd.DataFrame) -> dict[str, dict[str, list]]:
     }
 
 
-def split_toml(screen: Screen, held_out: dict[str, list]) -> str:
+def split_toml(screen: Screen, held_out: dict[str, list], validation: dict[str, list] | None = None) -> str:
     """Write a split as TOML."""
     lines = [f'perturbation_key = "{screen.perturbation_key}"', f'control = "{screen.control}"']
     if screen.identity_key:
         lines.append(f'identity_key = "{screen.identity_key}"')
-    lines.append("\n[held_out]")
-    for kind, entries in held_out.items():
-        items = [
-            json.dumps(entry) if isinstance(entry, str) else
-            "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in entry.items()) + "}"
-            for entry in entries
-        ]  # fmt: skip
-        lines.append(f"{kind} = [{', '.join(items)}]")
+    for section, kinds in (("held_out", held_out), ("validation", validation or {})):
+        lines += [f"\n[{section}]"] if kinds else []
+        for kind, entries in kinds.items():
+            items = [
+                json.dumps(entry) if isinstance(entry, str) else
+                "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in entry.items()) + "}"
+                for entry in entries
+            ]  # fmt: skip
+            lines.append(f"{kind} = [{', '.join(items)}]")
     lines.append(
         "\n[control_shares]  # responses are measured against control cells that no model has seen\ntest = 0.5"
     )
@@ -213,6 +220,21 @@ def train_fold(screen: Screen, split: Path, run: Path, seed: int, extra: dict[st
     model = LingshuCell.train(screen.path, out=run, settings=settings, condition_keys=keys, on_note=say, device="cpu")
     info = model.info()
     return {"train_seconds": watch.seconds(), "validation_nelbo": info["validation_nelbo_nats_per_cell"]}
+
+
+def calibrate_fold(screen: Screen, split: Path, run: Path, seed: int) -> dict[str, Any]:
+    """Fit the strength of guidance on the validation conditions of a split, against control cells never trained."""
+    from lingshu_cell.calibrate import calibrate
+    from lingshu_cell.data.split_files import read_split
+
+    watch, cells = Stopwatch(), ad.read_h5ad(screen.path)
+    part = read_split(split).assign(cells.obs)
+    identity = cells.obs[screen.identity_key].astype(str)
+    is_control = cells.obs[screen.perturbation_key].astype(str) == screen.control
+    held_back = (part == "test") & is_control & identity.isin(set(identity[part == "validation"]))
+    chosen = cells[(part == "validation") | held_back].copy()
+    found = calibrate(run, chosen, scales=CALIBRATION_SCALES, steps=STEPS, seed=seed, on_progress=say)
+    return {"calibrate_seconds": watch.seconds(), "guidance_scale": found.scale, "slopes": list(found.slopes)}
 
 
 def generate_fold(
@@ -417,11 +439,12 @@ def judge(screen: Screen, root: Path, variant: str, seed: int, baseline: Path | 
 
 def stages(screen: Screen, fold: Path, variant: str, seed: int, asked: Asked, until: str) -> None:
     """Do what is not done yet for one variant of one fold."""
-    split, place = fold / "split.toml", fold / variant / f"seed-{seed}"
+    place = fold / variant / f"seed-{seed}"
     place.mkdir(parents=True, exist_ok=True)
+    split = fold / (VALIDATED if asked.calibrate else "split.toml")
     record = place / "cost.json"
     cost = json.loads(record.read_text()) if record.is_file() else {}
-    wanted = wanted_of(screen, write_parts(screen, split, fold))
+    wanted = wanted_of(screen, write_parts(screen, fold / "split.toml", fold))
     is_baseline = variant in BASELINES
 
     def stage(name: str, function: Any, *arguments: Any) -> None:
@@ -438,6 +461,8 @@ def stages(screen: Screen, fold: Path, variant: str, seed: int, asked: Asked, un
         stage("train_seconds", train_fold, screen, split, place / "run", seed, asked.training)
         if until == "train":
             return
+        if asked.calibrate:
+            stage("calibrate_seconds", calibrate_fold, screen, split, place / "run", seed)
         stage(
             "generate_seconds",
             generate_fold,
@@ -589,19 +614,26 @@ def main() -> None:
         make_embeddings(screen)
         screen.settings["data.embeddings"] = [str(embedding_file(screen))]
     extra = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
+    calibrate = bool(extra.pop("calibrate", False))
+    if calibrate and screen.folds != "pairs":
+        parser.error("calibrate needs folds of identities: the next fold's are its validation conditions")
     asked = Asked(
         training={key: value for key, value in extra.items() if "." in key},
         generation={key: value for key, value in extra.items() if "." not in key},
+        calibrate=calibrate,
     )
     obs = ad.read_h5ad(screen.path, backed="r").obs
     root = ROOT / "build" / "responses" / arguments.screen
     for seed in [] if arguments.table else arguments.seeds:
-        for name, held_out in folds_of(screen, obs).items():
+        folds = folds_of(screen, obs)
+        for name, after in zip(folds, [*list(folds)[1:], *list(folds)[:1]], strict=True):
             if arguments.folds and name not in arguments.folds:
                 continue
             fold = root / name.replace(" ", "_").replace("+", "")
             fold.mkdir(parents=True, exist_ok=True)
-            (fold / "split.toml").write_text(split_toml(screen, held_out), encoding="utf-8")
+            (fold / "split.toml").write_text(split_toml(screen, folds[name]), encoding="utf-8")
+            if calibrate:
+                (fold / VALIDATED).write_text(split_toml(screen, folds[name], folds[after]), encoding="utf-8")
             for variant in arguments.variants:
                 stages(screen, fold, variant, seed, asked, arguments.until)
     if arguments.until != "evaluate":
