@@ -120,8 +120,14 @@ def test_states_that_cannot_be_are_refused(cells, tmp_path):
     few = cells[:, :100].copy()
     with pytest.raises(LingshuError, match="need 200 genes that vary"):
         train([few], tmp_path / "run", tiny_config(data={"states": 4}))
-    with pytest.raises(LingshuError, match="states would carry what perturbations do"):
-        tiny_config(data={"states": 4, "perturbation_key": "drug", "control": "none"})
+    cells.obs["drug"] = np.where(np.arange(cells.n_obs) % 4, "A", "none")
+    with pytest.raises(LingshuError, match="needs 20 training cells: 10 states of 1"):  # control cells count
+        train(
+            [cells.copy()],
+            tmp_path / "run",
+            tiny_config(data={"states": 10, "perturbation_key": "drug", "control": "none"}),
+        )
+    del cells.obs["drug"]
     for name in STATE_FIELDS:
         with pytest.raises(LingshuError, match=f"'{name}' is what cell states are called"):
             tiny_config(data={"condition_keys": [name]})
@@ -200,3 +206,119 @@ def test_labels_that_no_training_cell_has_together_are_generated_with_the_state_
     made = generate(model, 6, condition={"cell_type": "B cells", "donor": "D2"}, steps=4)
     assert made.obs[list(STATE_FIELDS)].isna().all(axis=None) and set(made.obs["donor"]) == {"D2"}
     assert 0.2 < np.asarray(made.X.sum(1)).mean() / np.asarray(cells.X.sum(1)).mean() < 5
+
+
+# --- with perturbations ---------------------------------------------------------------------------------------------
+
+CONTROL = ("drug", "none")
+
+
+@pytest.fixture(scope="module")
+def screen(cells) -> ad.AnnData:
+    """Every cell as control, and once more with 40 of its genes many times as high; NK cells have no drug, and one
+    cell of B another.
+    """
+    treated = cells.copy()
+    x = treated.X.toarray().astype(np.int32)
+    x[:, 50:90] += np.random.default_rng(0).poisson(6, (len(x), 40)).astype(np.int32)
+    treated.X = sparse.csr_matrix(x)
+    treated.obs["drug"], cells_1 = "A", cells.copy()
+    cells_1.obs["drug"] = "none"
+    treated = treated[treated.obs["cell_type"] != "NK cells"].copy()
+    treated.obs["drug"] = np.where(np.arange(treated.n_obs) == 7, "B", treated.obs["drug"])
+    both = ad.concat([cells_1, treated], index_unique="-")
+    both.var = cells.var
+    return both
+
+
+@pytest.fixture(scope="module")
+def told(screen) -> CellsWithStates:
+    keys = {"condition_keys": ["cell_type"], "perturbation_key": CONTROL[0], "control": CONTROL[1]}
+    inner = assemble([read_counts(screen, None, ["cell_type", "drug"])], **keys, validation_fraction=0.0)
+    return with_states(inner, N_STATES, seed=0, control=CONTROL)
+
+
+def test_states_with_perturbations_are_learned_from_control_cells(screen, told):
+    control = np.flatnonzero(screen.obs["drug"] == "none")
+    alone = learn_states(told.counts_of(control)[0], N_STATES, seed=0)
+    assert all((a == b).all() for a, b in zip(vars(alone).values(), vars(told.states).values(), strict=True))
+
+
+def test_a_perturbed_cell_is_in_the_state_it_was_in_before(screen, told):
+    """The same cells before and after, though the drug moves them all far from the centres."""
+    state_NS = told.condition_rows(np.arange(screen.n_obs))[:, : len(STATE_FIELDS)]
+    of = dict(zip(screen.obs_names, state_NS, strict=True))
+    moved = told.states.of(told.counts_of(np.arange(screen.n_obs))[0])
+    same, same_if_told = [], []
+    for name, drug, by_counts in zip(screen.obs_names, screen.obs["drug"], moved, strict=True):
+        if drug == "A":
+            before = of[name.removesuffix("-1") + "-0"][0]
+            same.append(of[name][0] == before)
+            same_if_told.append(by_counts[0] == before)
+    assert np.mean(same) > 0.7 > 0.4 > np.mean(same_if_told)
+
+
+def test_conditions_of_few_cells_have_no_state(screen, told):
+    found = told.condition_rows(np.arange(screen.n_obs))[:, : len(STATE_FIELDS)]
+    lonely = (screen.obs["drug"] == "B").to_numpy()
+    n = screen.obs.groupby(["cell_type", "drug"], observed=True)["cell_type"].transform("size").to_numpy()
+    assert (found[lonely] == 0).all() and (found[(n >= 20) & ~lonely] > 0).all()
+    opened = told.states_open
+    assert (opened.condition_rows(np.arange(9))[:, :2] == 0).all() and (
+        told.condition_rows(np.arange(9))[:, 0] > 0
+    ).all()
+
+
+@pytest.fixture(scope="module")
+def screen_runs(screen, tmp_path_factory):
+    """Trained with states, to the end and with a stop, and without."""
+    folder = tmp_path_factory.mktemp("screen")
+    keys = {"perturbation_key": CONTROL[0], "control": CONTROL[1]}
+    states, plain = (
+        tiny_config(data={**keys, "states": n}, training={"steps": 8, "checkpoint_every": 4}) for n in (N_STATES, 0)
+    )
+    calls = iter(range(100))
+
+    def stop(progress):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+
+    train([screen], folder / "states", states)
+    train([screen], folder / "plain", plain)
+    with pytest.raises(KeyboardInterrupt):
+        train([screen], folder / "resumed", states, on_progress=stop)
+    train([screen], folder / "resumed", states, resume=True)
+    return folder
+
+
+def test_contexts_and_effects_are_those_without_states(screen_runs):
+    states, plain = (load_model(screen_runs / name).conditioner for name in ("states", "plain"))
+    np.testing.assert_array_equal(states.effects.effect_KG, plain.effects.effect_KG)
+    np.testing.assert_array_equal(states.effects.condition_KC[1:, 2:], plain.effects.condition_KC[1:])
+    np.testing.assert_allclose(states.contexts.profile_KJG, plain.contexts.profile_KJG, rtol=1e-6)
+    rows = load_model(screen_runs / "states").condition_rows
+    assert states.identity_names(rows) == plain.identity_names(rows[:, 2:])
+    told, wanted = states.conditions(rows), plain.conditions(rows[:, 2:])
+    for name in ("context", "effect"):
+        one, other = (getattr(of, name) for of in (told, wanted))
+        np.testing.assert_allclose(one.table_KJG[one.row_B], other.table_KJG[other.row_B], rtol=1e-6)
+
+
+def test_a_resumed_screen_keeps_its_states(screen_runs):
+    whole, resumed = (load_checkpoint(screen_runs / name).folder for name in ("states", "resumed"))
+    for name in ("weights", "conditioning", "data"):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
+        assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+
+
+def test_a_pair_never_trained_is_drawn_in_the_states_of_its_control_cells(screen_runs):
+    model = load_model(screen_runs / "states")
+    made = generate(model, 40, condition={"cell_type": "NK cells", "drug": "A"}, steps=4)
+    known = model.conditions.decode(model.condition_rows).astype(str)
+    of_control = known[(known["cell_type"] == "NK cells") & (known["drug"] == "none")]
+    assert set(map(tuple, made.obs[list(STATE_FIELDS)].astype(str).to_numpy())) <= set(
+        map(tuple, of_control[list(STATE_FIELDS)].astype(str).to_numpy())
+    )
+    assert set(made.obs["drug"]) == {"A"} and made.obs["lingshu_state"].nunique() > 1
+    notes = [note for note in made.uns["lingshu_cell"]["perturbation"]["notes"] if "expected effect" in note]
+    assert len(notes) == 1, "one effect, whatever the states"

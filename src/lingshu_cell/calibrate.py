@@ -14,6 +14,7 @@ from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.evaluate_responses import evaluate_responses
 from lingshu_cell.generate import TrainedModel, generate, load_model, steering_of
 from lingshu_cell.guidance_store import Calibration, save_calibration
+from lingshu_cell.tokens import STATE_FIELDS
 
 SCALES = (0.5, 1.0, 1.5, 2.0)
 
@@ -75,7 +76,7 @@ def calibrate(
         raise LingshuError(
             "Calibration needs a model of perturbations", "this one knows none", "Train with data.perturbation_key"
         )
-    identity_keys = [name for name in model.conditions.fields if name != key]
+    identity_keys = [name for name in model.conditions.fields if name not in (key, *STATE_FIELDS)]
     cells = read_counts(data, layer, [*identity_keys, key])
     wanted = _conditions(model, cells, identity_keys, key)
     control = model.conditioner.perturbations.control

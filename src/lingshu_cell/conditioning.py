@@ -184,6 +184,12 @@ class Conditioner:
         """How many of the condition fields, the first ones, say the state of a cell."""
         return sum(name in self.vocabulary.fields for name in STATE_FIELDS)
 
+    def states_open(self, condition_NC: np.ndarray) -> np.ndarray:
+        """Give the condition rows without the state of the cells: what contexts and effects belong to."""
+        opened_NC = condition_NC.copy()
+        opened_NC[:, : self.n_state_fields] = 0
+        return opened_NC
+
     @property
     def perturbation_field(self) -> int | None:
         """Column of the perturbation labels in a condition row."""
@@ -243,12 +249,12 @@ class Conditioner:
                 dose_NP = applied_NP * np.asarray(dose_N, dtype=np.float32)[:, None]
                 told = replace(told, dose_BP=torch.from_numpy(dose_NP))
         if self.contexts is not None:
-            identity_NC = condition_NC.copy()
+            identity_NC = self.states_open(condition_NC)
             identity_NC[:, field] = 0
             row_N = self.contexts.rows(identity_NC, context_uniform_N)
             told = replace(told, context=_profiles(self.contexts.profile_KJG, row_N))
         if self.effects is not None:
-            row_N = self.effects.rows(condition_NC)
+            row_N = self.effects.rows(self.states_open(condition_NC))
             told = replace(told, effect=_profiles(self.effects.effect_KG[:, None], row_N))
         if self.depths is not None:
             depth_N = np.full(len(condition_NC), np.nan) if log_depth_N is None else log_depth_N
@@ -276,11 +282,11 @@ class Conditioner:
         return control_NC
 
     def identity_names(self, condition_NC: np.ndarray) -> list[str]:
-        """Name the identity of each condition row: its labels but the perturbation, ``?`` where unknown."""
-        field = self.perturbation_field
+        """Name the identity of each condition row: its labels but state and perturbation, ``?`` where unknown."""
+        field, first = self.perturbation_field, self.n_state_fields
         labels = [("?", *names) for names in self.vocabulary.fields.values()]
         return [
-            " / ".join(labels[i][k] for i, k in enumerate(row) if i != field)
+            " / ".join(labels[i][k] for i, k in enumerate(row) if i >= first and i != field)
             for row in np.asarray(condition_NC).tolist()
         ]
 

@@ -94,13 +94,15 @@ def _with_tables(conditioner: Conditioner, cells: TrainingCells, config: Config)
     row_RC, n_R = cells.condition_frequencies(cells.seen)
     libraries = LibrarySample(row_RC, n_R, seed) if config.has_depth else None
     contexts, effects, n_genes = None, None, len(cells.modelled)
+    of_libraries, (row_RC, n_R) = row_RC, _states_open(conditioner, row_RC, n_R)
     if field is not None and data.context:
         contexts = _context_sums(conditioner, row_RC, n_R, n_genes, seed)
     if field is not None and data.prior_effects:
         effects = _EffectSums(conditioner, row_RC, n_genes)
-    read_through(cells, cells.seen, [one for one in (libraries, contexts, effects) if one is not None])
+    takers = [_StatesOpen(conditioner, one) for one in (contexts, effects) if one is not None]
+    read_through(cells, cells.seen, ([] if libraries is None else [libraries]) + takers)
     if libraries is not None:
-        conditioner = replace(conditioner, depths=DepthTable(row_RC, *libraries.sizes()))
+        conditioner = replace(conditioner, depths=DepthTable(of_libraries, *libraries.sizes()))
     if contexts is not None:
         conditioner = replace(conditioner, contexts=build_contexts(contexts))
     return conditioner if effects is None else _with_prior_effects(conditioner, cells, effects, seed)
@@ -115,6 +117,27 @@ def read_through(cells: TrainingCells, positions: np.ndarray | range, takers: Se
             counts, library_B = cells.counts_of(piece[wanted])
             for taker in takers:
                 taker.add(counts, library_B, condition_BC[wanted])
+
+
+def _states_open(conditioner: Conditioner, row_RC: np.ndarray, n_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Condition rows without the state of the cells, and how often each occurs."""
+    opened_RC, place_R = np.unique(conditioner.states_open(row_RC), axis=0, return_inverse=True)
+    return opened_RC, np.bincount(place_R.reshape(-1), weights=n_R, minlength=len(opened_RC)).astype(np.int64)
+
+
+class _StatesOpen:
+    """A taker that is not told the state of the cells."""
+
+    def __init__(self, conditioner: Conditioner, taker: Taker) -> None:
+        self._open, self._taker = conditioner.states_open, taker
+
+    def wants(self, condition_BC: np.ndarray) -> np.ndarray:
+        """What the taker wants."""
+        return self._taker.wants(self._open(condition_BC))
+
+    def add(self, counts: sparse.csr_matrix, library_B: np.ndarray, condition_BC: np.ndarray) -> None:
+        """Hand over cells."""
+        self._taker.add(counts, library_B, self._open(condition_BC))
 
 
 class _EffectSums:

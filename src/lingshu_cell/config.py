@@ -55,8 +55,8 @@ class DataConfig(_Section):
     states: Literal["auto"] | Annotated[int, Field(ge=0, le=4096)] = Field(
         "auto",
         description="Cell states (groups by k-means) to condition on, drawn before all else, and half as many "
-        "programmes (what is left within states); 0: none; auto: in small without perturbations, one per 100 training "
-        "cells, 8 to 64.",
+        "programmes (what is left within states); with perturbations those of control cells; 0: none; auto: in small "
+        "without perturbations, one per 100 training cells, 8 to 64.",
     )
     split: str | None = Field(None, description="TOML file of held-out conditions, see docs/splits.md.")
     min_cells_per_gene: int = Field(
@@ -69,6 +69,11 @@ class DataConfig(_Section):
     split_seed: int = Field(
         0, ge=0, description="Seed of the training / validation split; of a store: which block of its cells validates."
     )
+
+    @property
+    def control_field(self) -> tuple[str, str] | None:
+        """Field of the perturbations and name of control; None without perturbations."""
+        return None if self.perturbation_key is None else (self.perturbation_key, self.control)
 
     def assembly(self) -> dict[str, Any]:
         """Give the settings that decide how data sets are brought together."""
@@ -92,8 +97,6 @@ class DataConfig(_Section):
             raise ValueError("condition_keys names a column twice")
         if self.perturbation_key in self.condition_keys:
             raise ValueError(f"'{self.perturbation_key}' is the perturbation_key, not one of condition_keys")
-        if self.perturbation_key is not None and self.states not in ("auto", 0):
-            raise ValueError("states would carry what perturbations do; they go without a perturbation_key")
         if taken := [name for name in STATE_FIELDS if name in self.condition_keys]:
             raise ValueError(f"'{taken[0]}' is what cell states are called; give the column another name")
         if self.perturbation_key is None and (self.dose_key or self.embeddings or self.silenced):

@@ -29,9 +29,9 @@ def with_expected_effects(
     """
     if conditioner.effects is None or conditioner.prior is None:
         return conditioner, []
-    table, known = conditioner.effects, {tuple(row) for row in known_rows.tolist()}
+    table, known = conditioner.effects, {tuple(row) for row in conditioner.states_open(known_rows).tolist()}
     effects, added, notes = [], [], []
-    for row in rows:
+    for row in np.unique(conditioner.states_open(rows), axis=0):
         if tuple(row.tolist()) in known or not conditioner.is_perturbed(row[None])[0]:
             continue
         predicted = conditioner.predict_effect(row, profile)

@@ -216,7 +216,7 @@ def _with_context(
     counts, present = apply_alignment(cells.counts, alignment)
     profile_JG = average_profile(counts[:, modelled], conditioner.contexts.profile_KJG[0])
     profile_JG[:, ~present[modelled]] = np.nan  # not measured: tells nothing
-    identity = wanted.copy()
+    identity = conditioner.states_open(wanted[None])[0]
     identity[field] = 0
     table = conditioner.contexts
     extended = ContextTable(
@@ -242,7 +242,7 @@ def _matching_rows(
         return wanted[None], np.ones(1)
     match, first = (known_rows[:, given] == wanted[given]).all(1), conditioner.n_state_fields
     if not match.any() and first and given[first:].all() and len(wanted) > first:
-        return wanted[None], np.ones(1)  # labels that no training cell has together have no states either
+        return _as_control_cells(conditioner, known_rows, known_counts, wanted)
     if not match.any():
         raise LingshuError(
             "Fields left open are drawn from the training cells that match the given ones",
@@ -251,6 +251,24 @@ def _matching_rows(
         )
     counts = known_counts[match]
     return known_rows[match], counts / counts.sum()
+
+
+def _as_control_cells(
+    conditioner: Conditioner, known_rows: np.ndarray, known_counts: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels that no training cell has together are drawn in the states of the control cells of their identity; where
+    there are none the state stays open.
+    """
+    if conditioner.perturbation_key is None:
+        return wanted[None], np.ones(1)
+    control = conditioner.as_control(wanted[None])[0]
+    given = control > 0
+    match = (known_rows[:, given] == control[given]).all(1)
+    if not match.any():
+        return wanted[None], np.ones(1)
+    rows, counts = known_rows[match].copy(), known_counts[match]
+    rows[:, conditioner.perturbation_field] = wanted[conditioner.perturbation_field]
+    return rows, counts / counts.sum()
 
 
 def _standard_dose(conditioner: Conditioner, dose: float | None) -> float | None:

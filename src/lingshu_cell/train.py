@@ -23,7 +23,7 @@ from lingshu_cell.conditioning_of_cells import build_conditioner
 from lingshu_cell.config import Config, DataConfig
 from lingshu_cell.data.anndata_io import read_counts
 from lingshu_cell.data.cell_states import number_of_states
-from lingshu_cell.data.cells_with_states import with_states
+from lingshu_cell.data.cells_with_states import teaching_cells, with_states
 from lingshu_cell.data.store import is_store
 from lingshu_cell.data.stored_cells import open_cells
 from lingshu_cell.data.tokenizer import token_midpoints
@@ -249,7 +249,7 @@ class _Trainer:
         """Leave in the run folder what is known before the first step."""
         if self.config.data.silenced:
             names, data = self.conditioner.identity_names, self.config.data
-            self.silenced_sha256 = keep_silenced(self.run, self.cells, names, data, self.silenced_sha256)
+            self.silenced_sha256 = keep_silenced(self.run, self.cells.states_open, names, data, self.silenced_sha256)
         with writable("The run folder must be writable", self.run, "Free some space, then go on with --resume"):
             write_text(self.run / "config.json", self.config.model_dump_json(indent=1))
 
@@ -341,7 +341,7 @@ class _Trainer:
         """Find the validation conditions; a network in parts has no whole answer to measure them by."""
         if self.settings.sharding == "full":
             return None
-        return self.world.agreed(lambda: ValidationConditions.of(self.cells, self.conditioner))
+        return self.world.agreed(lambda: ValidationConditions.of(self.cells.states_open, self.conditioner))
 
     def _measure_conditions(self) -> tuple[dict[str, float], bool]:
         """Columns of validation conditions, and whether this step foretells them best; nothing where there are none."""
@@ -472,13 +472,15 @@ def _number_of_states(cells: TrainingCells, config: Config) -> int:
     data = config.data
     if data.states == "auto" and (config.network.kind != "set" or data.perturbation_key is not None):
         return 0
-    return number_of_states(data.states, len(cells.train))
+    return number_of_states(data.states, len(teaching_cells(cells, data.control_field)))
 
 
 def _in_states(cells: TrainingCells, n_states: int, config: Config, resumed: Path | None) -> TrainingCells:
     """Group cells into states, those of the newest checkpoint where a run is resumed."""
     saved = None if resumed is None else saved_states(resumed, len(cells.modelled))
-    return with_states(cells, n_states, config.training.seed, saved, needed=config.data.states != "auto")
+    data = config.data
+    asked = {"control": data.control_field, "needed": data.states != "auto"}
+    return with_states(cells, n_states, config.training.seed, saved, **asked)
 
 
 def _label_keys(data: DataConfig) -> list[str]:

@@ -62,17 +62,24 @@ class CellStates:
         return {field: tuple(f"{k + 1:0{max(2, len(str(n)))}}" for k in range(n)) for field, n in sizes if n}
 
     def of(self, counts: sparse.csr_matrix) -> np.ndarray:
-        """Give the state of each cell, 1 … K, and where there are programmes that, 1 … L, int64, N × 1 or 2.
+        """Give the state of each cell; see :meth:`nearest`.
 
         Parameters
         ----------
         counts
             UMI counts of the modelled genes, shape [N, G].
         """
+        return self.nearest(self.scores(counts))
+
+    def scores(self, counts: sparse.csr_matrix) -> np.ndarray:
+        """Give where each cell lies in the space of the centres, float64, N × Q."""
         log_NH, at_zero_H = _log_shares(counts, self.gene_H), self.mean_H / self.sd_H
         deviation_M = (log_NH.data - self.mean_H[log_NH.indices]) / self.sd_H[log_NH.indices]
         log_NH.data = np.minimum(deviation_M, _MOST_DEVIATIONS) + at_zero_H[log_NH.indices]
-        score_NQ = log_NH @ self.axes_HQ - at_zero_H @ self.axes_HQ
+        return log_NH @ self.axes_HQ - at_zero_H @ self.axes_HQ
+
+    def nearest(self, score_NQ: np.ndarray) -> np.ndarray:
+        """Give the state of what lies there, 1 … K, and where there are programmes that, 1 … L, int64, N × 1 or 2."""
         state_N = _nearest(self.centre_KQ, score_NQ)
         if not len(self.offset_LQ):
             return 1 + state_N[:, None]

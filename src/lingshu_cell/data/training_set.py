@@ -147,6 +147,11 @@ class TrainingCells(ABC):
     def counts_of(self, cells: np.ndarray) -> tuple[sparse.csr_matrix, np.ndarray]:
         """Give counts of the modelled genes in some cells, bin middles above 99, CSR float32, and their exact sums."""
 
+    @property
+    def states_open(self) -> "TrainingCells":
+        """The same cells, their states not told where they have any."""
+        return self
+
     @abstractmethod
     def token_counts(self) -> np.ndarray:
         """How many training cells show each token, int64, shape [G, 281]; zeros only where the gene was measured."""
