@@ -187,7 +187,9 @@ def _with_context(
     min_coverage: float,
     notes: list[str],
 ) -> tuple[Conditioner, np.ndarray]:
-    """Put the average of control cells in the place of an identity; also give their summed counts."""
+    """Put the average of control cells in the place of an identity; also give their summed counts, NaN of genes that
+    are not in them.
+    """
     if conditioner.contexts is None:
         raise LingshuError(
             "A context needs a model trained with contexts",
@@ -226,7 +228,8 @@ def _with_context(
         np.concatenate([table.n_I[(table.identity_IC != identity).any(1)], [1]]),
     )
     notes.append(f"identity told by {cells.n_cells:,} control cells; {alignment.coverage:.0%} of the genes are in them")
-    return replace(conditioner, contexts=extended), np.asarray(counts[:, modelled].sum(0)).ravel()
+    sum_G = np.asarray(counts[:, modelled].sum(0), dtype=np.float64).ravel()
+    return replace(conditioner, contexts=extended), np.where(present[modelled], sum_G, np.nan)
 
 
 def _matching_rows(

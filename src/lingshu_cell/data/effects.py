@@ -35,6 +35,8 @@ class Effects:
         Identities with control cells, I of them.
     profiles
         Mean of their control cells, each normalised to ``target_sum``; float32, shape [I, n_genes].
+    profile_variance
+        Sampling variance of log(profile + ε), float16, shape [I, n_genes].
     target_sum
         Total every cell was normalised to: the median total.
     pseudocount
@@ -48,8 +50,14 @@ class Effects:
     n_cells: np.ndarray
     profile_identities: tuple[str, ...]
     profiles: np.ndarray
+    profile_variance: np.ndarray
     target_sum: float
     pseudocount: float
+
+    def log_profiles(self, profiles: np.ndarray | None = None) -> np.ndarray:
+        """Give log(share + ε) of control profiles, or of others in any unit, float64, shape [I, n_genes]."""
+        counts = (self.profiles if profiles is None else profiles).astype(np.float64)
+        return np.log(counts / np.maximum(counts.sum(1, keepdims=True), 1e-12) + self.pseudocount)
 
 
 def effects_of_sums(
@@ -121,6 +129,7 @@ def effects_of_sums(
         n_cells=weight,
         profile_identities=tuple(reference),
         profiles=mean[list(reference.values())].astype(np.float32),
+        profile_variance=variance[list(reference.values())].astype(np.float16),
         target_sum=sums.target_sum,
         pseudocount=pseudocount,
     )

@@ -1,7 +1,9 @@
 """What training data say of a condition without looking at it: its effect in other identities, or by gene embeddings.
 
 Each prediction is a weighted sum of measured effects. Weights of other identities: kriging, that is, a Gaussian process
-of control profiles with noise by the number of cells; of other perturbations: a ridge regression on embeddings.
+of control profiles with noise by the number of cells; of other perturbations: a ridge regression on embeddings. Where
+identities that start apart are found to end closer together, a share of what sets the control cells of an identity
+apart is taken off (docs/decisions/0014-convergence.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,6 +67,8 @@ class PriorEffects:
         Fitted when embeddings were given.
     confidence
         Kind of prediction → correlation with measured effects over training conditions.
+    convergence
+        Share, 0 … 1, of an identity's deviation from others before a perturbation that is gone after it.
     """
 
     measured: Effects
@@ -73,6 +77,7 @@ class PriorEffects:
     gene_names: tuple[str, ...] = ()
     ridge: Ridge | None = None
     confidence: Mapping[str, float] = field(default_factory=dict)
+    convergence: float = 0.0
 
     @property
     def n_genes(self) -> int:
@@ -82,6 +87,14 @@ class PriorEffects:
     @cached_property
     def _distances(self) -> np.ndarray:
         return _distances(self.measured.profiles)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.measured.profile_identities)}
+
+    @cached_property
+    def _log_profiles(self) -> np.ndarray:
+        return self.measured.log_profiles()
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -122,7 +135,7 @@ class PriorEffects:
             Its label; None where there is only one, or for one without a name.
         control_profile
             Mean or summed counts of the control cells of an identity that is not in the training data, shape
-            [n_genes]; without, its likeness to others is not used.
+            [n_genes], NaN where a gene was not measured; without, its likeness to others is not used.
         embeddings
             Those given to :func:`prior_effects`; needed for perturbations that training data have not.
         other_names
@@ -190,7 +203,8 @@ class PriorEffects:
             Name → array, and a dictionary of JSON types.
         """
         m, r = self.measured, self.ridge
-        arrays = {"delta": m.delta, "variance": m.variance, "n_cells": m.n_cells, "profiles": m.profiles}
+        names = ("delta", "variance", "n_cells", "profiles", "profile_variance")
+        arrays = {name: getattr(m, name) for name in names}
         about: dict[str, Any] = {
             "identities": list(m.identities),
             "perturbations": list(m.perturbations),
@@ -201,6 +215,7 @@ class PriorEffects:
             "separator": self.separator,
             "gene_names": list(self.gene_names),
             "confidence": dict(self.confidence),
+            "convergence": self.convergence,
             "ridge": None,
         }
         if r:
@@ -220,30 +235,54 @@ class PriorEffects:
         if about["ridge"]:
             kept = {name: arrays[f"ridge_{name}"] for name in _RIDGE_ARRAYS}
             ridge = Ridge(**{**about["ridge"], "perturbations": tuple(about["ridge"]["perturbations"])}, **kept)
-        settings = {name: about[name] for name in ("control", "separator", "confidence")}
+        settings = {name: about[name] for name in ("control", "separator", "confidence", "convergence")}
         return cls(measured, ridge=ridge, gene_names=tuple(about["gene_names"]), **settings)
 
     def _from_others(self, perturbation: str, owner: str, profile: np.ndarray | None) -> PriorEffect | None:
-        m = self.measured
-        rows = np.array(
-            [
-                c
-                for c, (identity, label) in enumerate(self.conditions)
-                if identity != owner and label == perturbation and m.n_cells[c] > 0
-            ],
-            dtype=np.int64,
-        )
-        if not len(rows):
+        others = self._others(perturbation, owner, profile)
+        if others is None:
             return None
-        place = {name: i for i, name in enumerate(m.profile_identities)}
-        of_rows = [place[m.identities[c]] for c in rows]
+        delta, variance = _weighted(self.measured, others.rows, others.weights)
+        source = f"{OTHERS}: {len(others.rows)}"
+        own = self._places.get(owner) if profile is None else profile
+        if self.convergence and own is not None:
+            apart, noise = self._apart(own, others)
+            delta, variance = delta - self.convergence * apart, variance + self.convergence**2 * noise
+            source += f", {self.convergence:.0%} of what sets it apart taken off"
+        return PriorEffect(_shrunk(delta, variance), source, self.confidence.get(OTHERS, 0.0), True)
+
+    def _others(self, perturbation: str, owner: str, profile: np.ndarray | None = None) -> "_Others | None":
+        """The conditions of a perturbation in other identities, and their weights."""
+        m = self.measured
+        found = [
+            c
+            for c, (identity, label) in enumerate(self.conditions)
+            if identity != owner and label == perturbation and m.n_cells[c] > 0
+        ]
+        if not found:
+            return None
+        rows = np.array(found, dtype=np.int64)
+        places = np.array([self._places[m.identities[c]] for c in rows])
         if profile is not None:
-            near = _distances_of(profile, m.profiles)[of_rows]
+            near = _distances_of(profile, m.profiles)[places]
         else:
-            near = self._distances[place[owner], of_rows] if owner in place else None
-        weights = _kriging_weights(self._distances[np.ix_(of_rows, of_rows)], near, m.n_cells[rows])
-        delta = _combine(m, rows, weights)
-        return PriorEffect(delta, f"{OTHERS}: {len(rows)}", self.confidence.get(OTHERS, 0.0), True)
+            near = self._distances[self._places[owner], places] if owner in self._places else None
+        among = self._distances[np.ix_(places, places)]
+        return _Others(rows, places, _kriging_weights(among, near, m.n_cells[rows]))
+
+    def _apart(self, own: int | np.ndarray, others: "_Others") -> tuple[np.ndarray, np.ndarray]:
+        """How far an identity lies from the weighted mean of others before the perturbation, in log shares of control
+        cells, and the sampling variance of that; 0 in genes that were not measured in it.
+
+        ``own`` is its place, or the counts of its control cells, whose noise is not known.
+        """
+        m, log_IG = self.measured, self._log_profiles
+        noise_G = others.weights**2 @ m.profile_variance[others.places].astype(np.float64)
+        mean_G = others.weights @ log_IG[others.places]
+        if isinstance(own, np.ndarray):
+            apart_G = m.log_profiles(np.nan_to_num(own)[None])[0] - mean_G
+            return np.where(np.isnan(own), 0.0, apart_G), noise_G
+        return log_IG[own] - mean_G, noise_G + m.profile_variance[own]
 
     def _own(self, part: str, owner: str) -> PriorEffect | None:
         """Effect of a single perturbation as measured in the identity itself."""
@@ -272,6 +311,23 @@ class PriorEffects:
 
     def _nothing(self) -> PriorEffect:
         return PriorEffect(np.zeros(self.n_genes, np.float32), NONE, 0.0, False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Others:
+    """Conditions of the same perturbation in other identities.
+
+    Attributes
+    ----------
+    rows, places
+        Which conditions, and where the control profiles of their identities are.
+    weights
+        Of their effects; they sum to 1.
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+    weights: np.ndarray
 
 
 def prior_effects(
@@ -324,6 +380,7 @@ def prior_effects(
     prior = PriorEffects(measured, control, separator, tuple(map(str, gene_names)))
     if embeddings is not None:
         prior = replace(prior, ridge=_fit_ridge(prior, embeddings, other_names, folds, seed))
+    prior = replace(prior, convergence=_convergence(prior))
     return replace(prior, confidence=_confidence(prior))
 
 
@@ -357,9 +414,17 @@ def _kriging_weights(among: np.ndarray, near: np.ndarray | None, n_cells: np.nda
 
 def _combine(measured: Effects, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted sum of effects, shrunk by its noise."""
+    return _shrunk(*_weighted(measured, rows, weights))
+
+
+def _weighted(measured: Effects, rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted sum of effects, and its sampling variance."""
     weights = np.asarray(weights, dtype=np.float64)
     delta = weights @ measured.delta[rows].astype(np.float64)
-    variance = weights**2 @ measured.variance[rows].astype(np.float64)
+    return delta, weights**2 @ measured.variance[rows].astype(np.float64)
+
+
+def _shrunk(delta: np.ndarray, variance: np.ndarray) -> np.ndarray:
     return shrink(delta, np.maximum(variance, 1e-8)).astype(np.float32)
 
 
@@ -382,7 +447,7 @@ def _distances(profiles: np.ndarray) -> np.ndarray:
 
 def _distances_of(profile: np.ndarray, profiles: np.ndarray) -> np.ndarray:
     """The same for one more identity and the others, in the same unit; [I]."""
-    profile = np.asarray(profile, dtype=np.float64).ravel()
+    profile = np.nan_to_num(np.asarray(profile, dtype=np.float64).ravel())
     if len(profile) != profiles.shape[1]:
         raise LingshuError(
             "A control profile needs one value per gene",
@@ -422,6 +487,25 @@ def _fit_ridge(
     effects = np.stack([_combine(m, np.array(rows_of[n]), _shares(np.sqrt(m.n_cells[rows_of[n]]))) for n in names])
     own_genes = np.array([prior.own_gene(name, other_names) for name in names], dtype=np.int64)
     return fit_ridge(names, features[found], effects, own_genes, embeddings.sha256, folds, seed)
+
+
+def _convergence(prior: PriorEffects) -> float:
+    """How much of what sets an identity apart a perturbation takes away, 0 … 1, by least squares over genes and the
+    training conditions that two other identities or more foretell.
+
+    A control mean that is too high by chance makes the effect too low as well, which would look the same: what
+    sampling noise does to both sums is taken out of them.
+    """
+    m, joint, square = prior.measured, 0.0, 0.0
+    for c, (identity, perturbation) in enumerate(prior.conditions):
+        others = prior._others(perturbation, identity) if m.n_cells[c] > 0 else None
+        if others is None or len(others.rows) < 2:
+            continue
+        left = m.delta[c].astype(np.float64) - _weighted(m, others.rows, others.weights)[0]
+        apart, noise = prior._apart(prior._places[identity], others)
+        joint -= float(left @ apart + noise.sum())
+        square += float(apart @ apart - noise.sum())
+    return float(np.clip(joint / square, 0, 1)) if square > 0 else 0.0
 
 
 def _confidence(prior: PriorEffects) -> dict[str, float]:
