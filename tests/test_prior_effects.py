@@ -1,6 +1,7 @@
 """Effects are measured with honest noise, shrunk by it, and predicted without a look at the condition itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -242,6 +243,61 @@ def test_weights_of_other_identities_are_those_of_kriging():
     weights = _kriging_weights(line, np.array([0.5, 0.5, 2.5]), np.full(3, 200.0))
     assert weights.sum() == pytest.approx(1)
     assert weights[0] > weights[2] and weights[1] > weights[2]
+
+
+def donors(share: float, n: int, seed: int = 0) -> tuple[sparse.csr_matrix, list[str], list[str]]:
+    """Six donors whose genes start apart, Poisson cells: a drug takes ``share`` of what sets each apart, and has an
+    effect of its own on all.
+    """
+    generator = np.random.default_rng(seed)
+    base, effect = generator.normal(0, 1, N_GENES), generator.normal(0, 0.5, N_GENES)
+    blocks, perturbations, owners = [], [], []
+    for donor in "abcdef":
+        apart = generator.normal(0, 0.7, N_GENES)
+        for label, log_rate in (("control", base + apart), ("drug", base + effect + (1 - share) * apart)):
+            rate = np.exp(log_rate)
+            blocks.append(generator.poisson(200 * rate / rate.sum(), (n, N_GENES)))
+            perturbations += [label] * n
+            owners += [donor] * n
+    return sparse.csr_matrix(np.vstack(blocks)), perturbations, owners
+
+
+def test_donors_that_converge_are_found_to_and_foretold_better():
+    counts, perturbations, owners = donors(0.6, 300)
+    prior = prior_of(counts, perturbations, owners, control="control")
+    assert prior.convergence == pytest.approx(0.6, abs=0.1)
+    of_f = np.array(owners) == "f"
+    unseen = ~(of_f & (np.array(perturbations) == "drug"))
+    kept = [[x for x, keep in zip(values, unseen, strict=True) if keep] for values in (perturbations, owners)]
+    held_out = prior_of(counts[unseen], *kept, control="control")
+    assert held_out.convergence == pytest.approx(0.6, abs=0.12)
+    truth = prior.measured_effects()[0][prior.conditions.index(("f", "drug"))]
+    errors = [
+        ((one.predict("drug", "f").delta - truth) ** 2).mean() for one in (held_out, replace(held_out, convergence=0.0))
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    assert "taken off" in held_out.predict("drug", "f").source
+    profile = np.asarray(counts[of_f & unseen].sum(0), dtype=float).ravel()
+    by_profile = held_out.predict("drug", "somebody new", profile)
+    assert np.abs(by_profile.delta - held_out.predict("drug", "f").delta).max() < 0.05
+    profile[:5] = np.nan  # not measured in the new donor: it is not taken to be silent there
+    lacking, plain = (
+        one.predict("drug", "new", profile).delta for one in (held_out, replace(held_out, convergence=0.0))
+    )
+    np.testing.assert_allclose(lacking[:5], plain[:5], atol=0.1)
+
+
+@pytest.mark.parametrize("n", [15, 300])
+def test_noise_of_control_cells_is_no_convergence(n):
+    """What is too high among few control cells by chance comes down under any perturbation."""
+    counts, perturbations, owners = donors(0.0, n)
+    assert prior_of(counts, perturbations, owners, control="control").convergence < 0.03
+
+
+def test_cell_types_do_not_become_alike_under_interferon(kang):
+    """A third of the shared IFN-beta cells: T cells stay T cells."""
+    prior = prior_of(kang.X, labels(kang, "perturbation"), labels(kang, "cell_type"), control="control")
+    assert prior.convergence < 0.02
 
 
 # --- predicting from embeddings -------------------------------------------------------------------------------------

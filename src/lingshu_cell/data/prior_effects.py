@@ -124,7 +124,8 @@ class PriorEffects:
         embeddings: GeneEmbeddings | None = None,
         other_names: Mapping[str, Sequence[str]] | None = None,
     ) -> PriorEffect:
-        """Predict the effect of a perturbation in an identity, never from the cells of that very condition.
+        """Predict the effect of a perturbation in an identity, never from the cells of that very condition (but for
+        ``convergence``, one number for all).
 
         Parameters
         ----------
