@@ -34,7 +34,6 @@ BASELINES = ("control_bootstrap", "perturbation_mean", "context_mean", "additive
 CONTROLS = 300  # generated controls of each identity, for the rate of falsely called genes
 MOST_CELLS = 500  # of each condition
 STEPS = 32
-CALIBRATION_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 CLEAR_GENES = 50  # real DE genes of a condition whose single-gene metrics are more than chance
 CLEAR = "average score, clear conditions"
 VALIDATED = "split-validated.toml"  # the split of a fold with validation conditions
@@ -233,7 +232,7 @@ def calibrate_fold(screen: Screen, split: Path, run: Path, seed: int) -> dict[st
     is_control = cells.obs[screen.perturbation_key].astype(str) == screen.control
     held_back = (part == "test") & is_control & identity.isin(set(identity[part == "validation"]))
     chosen = cells[(part == "validation") | held_back].copy()
-    found = calibrate(run, chosen, scales=CALIBRATION_SCALES, steps=STEPS, seed=seed, on_progress=say)
+    found = calibrate(run, chosen, steps=STEPS, seed=seed, on_progress=say)
     return {"calibrate_seconds": watch.seconds(), "guidance_scale": found.scale, "slopes": list(found.slopes)}
 
 

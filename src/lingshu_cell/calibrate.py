@@ -16,7 +16,7 @@ from lingshu_cell.generate import TrainedModel, generate, load_model, steering_o
 from lingshu_cell.guidance_store import Calibration, save_calibration
 from lingshu_cell.tokens import STATE_FIELDS
 
-SCALES = (0.5, 1.0, 1.5, 2.0)
+SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 
 
 def calibrate(

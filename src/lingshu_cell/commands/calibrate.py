@@ -20,7 +20,7 @@ def calibrate(
         str,
         typer.Option(metavar="VALIDATION.h5ad", help="Perturbed cells of conditions not trained, and control cells."),
     ],
-    scales: Annotated[str, typer.Option(metavar="S,S,…", help="Strengths to try.")] = "0.5,1,1.5,2",
+    scales: Annotated[str, typer.Option(metavar="S,S,…", help="Strengths to try.")] = "0.5,1,1.5,2,3",
     space: Annotated[str | None, typer.Option(help="log-mean or logits; the run's own when not given.")] = None,
     n: Annotated[int, typer.Option(min=20, help="Cells to generate for each condition and strength.")] = 200,
     steps: Steps = None,
