@@ -114,14 +114,16 @@ def test_number_of_states_by_default(n_cells, n):
 
 
 def test_states_that_cannot_be_are_refused(cells, tmp_path):
-    with pytest.raises(LingshuError, match=r"needs 20 training cells: 50 states of 480 cells\. Ask for 24 or fewer"):
+    with pytest.raises(
+        LingshuError, match=r"needs 20 training cells: 50 states of 480 training cells\. Ask for 24 or fewer"
+    ):
         train([cells], tmp_path / "run", tiny_config(data={"states": 50}))
     assert not (tmp_path / "run").exists()
     few = cells[:, :100].copy()
     with pytest.raises(LingshuError, match="need 200 genes that vary"):
         train([few], tmp_path / "run", tiny_config(data={"states": 4}))
     cells.obs["drug"] = np.where(np.arange(cells.n_obs) % 4, "A", "none")
-    with pytest.raises(LingshuError, match="needs 20 training cells: 10 states of 1"):  # control cells count
+    with pytest.raises(LingshuError, match="needs 20 control cells: 10 states of 1"):
         train(
             [cells.copy()],
             tmp_path / "run",

@@ -472,7 +472,8 @@ def _number_of_states(cells: TrainingCells, config: Config) -> int:
     data = config.data
     if data.states == "auto" and (config.network.kind != "set" or data.perturbation_key is not None):
         return 0
-    return number_of_states(data.states, len(teaching_cells(cells, data.control_field)))
+    kind = "training cells" if data.control_field is None else "control cells"
+    return number_of_states(data.states, len(teaching_cells(cells, data.control_field)), kind)
 
 
 def _in_states(cells: TrainingCells, n_states: int, config: Config, resumed: Path | None) -> TrainingCells:

@@ -98,7 +98,7 @@ class CellStates:
         return self
 
 
-def number_of_states(asked: int | str, n_cells: int) -> int:
+def number_of_states(asked: int | str, n_cells: int, kind: str = "training cells") -> int:
     """Say how many states so many training cells are grouped into; 0 = none.
 
     Parameters
@@ -106,7 +106,9 @@ def number_of_states(asked: int | str, n_cells: int) -> int:
     asked
         A number, or ``"auto"``: one for each 100 cells, 8 to 64; none for fewer than 800 cells.
     n_cells
-        Training cells.
+        Cells that states are learned from.
+    kind
+        What these are.
 
     Raises
     ------
@@ -118,8 +120,8 @@ def number_of_states(asked: int | str, n_cells: int) -> int:
         return n_states if n_states >= _FEWEST_STATES else 0
     if asked and int(asked) * _LEAST_CELLS > n_cells:
         raise LingshuError(
-            f"A cell state needs {_LEAST_CELLS} training cells",
-            f"{asked} states of {n_cells:,} cells",
+            f"A cell state needs {_LEAST_CELLS} {kind}",
+            f"{asked} states of {n_cells:,} {kind}",
             f"Ask for {n_cells // _LEAST_CELLS} or fewer with data.states, or for none (0)",
         )
     return int(asked)
