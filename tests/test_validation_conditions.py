@@ -121,10 +121,10 @@ def log_mean_of(cells: ad.AnnData, kind: str, label: str) -> np.ndarray:
 
 
 class Told(CountDistribution):
-    """States the measured means of the condition it was asked for."""
+    """States the measured means of the conditions it was asked for."""
 
-    def __init__(self, mean_G: np.ndarray) -> None:
-        self.mean_G = torch.from_numpy(mean_G)
+    def __init__(self, mean_BG: np.ndarray) -> None:
+        self.mean_BG = torch.from_numpy(mean_BG)
 
     def nll(self, x_0_BG, scored_BG):
         raise NotImplementedError
@@ -133,7 +133,7 @@ class Told(CountDistribution):
         raise NotImplementedError
 
     def log_mean(self, positions: Positions, count_V: Tensor) -> Tensor:
-        return self.mean_G.log()[positions.gene_M]
+        return self.mean_BG.log()[positions.cell_M, positions.gene_M]
 
 
 def test_a_denoiser_that_knows_the_means_scores_1(judge, kang):
@@ -142,12 +142,14 @@ def test_a_denoiser_that_knows_the_means_scores_1(judge, kang):
     control = judge.conditioner.perturbations.control
 
     def knowing(share: float):
-        def denoise(x_1G, told):
-            assert (x_1G == 281).all(), "all genes are hidden"
-            kind = next(name for name, i in kinds.items() if i == int(told.category_BC[0, 0]))
-            rest, perturbed = (log_mean_of(kang, kind, label) for label in (control, "IFNB"))
-            is_control = bool(told.perturbation_BP[0, 0])
-            return Told(np.exp(rest if is_control else rest + share * (perturbed - rest)) - 0.5 + 1e-9)
+        def denoise(x_BG, told):
+            assert (x_BG == 281).all(), "all genes are hidden"
+            means = []
+            for category, is_control in zip(told.category_BC[:, 0], told.perturbation_BP[:, 0].bool(), strict=True):
+                kind = next(name for name, i in kinds.items() if i == int(category))
+                rest, perturbed = (log_mean_of(kang, kind, label) for label in (control, "IFNB"))
+                means.append(np.exp(rest if is_control else rest + share * (perturbed - rest)) - 0.5 + 1e-9)
+            return Told(np.stack(means))
 
         return denoise
 

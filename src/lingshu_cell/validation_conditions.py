@@ -140,12 +140,11 @@ class ValidationConditions:
         """Score every condition; the network is in evaluation mode."""
         count_V, found = torch.from_numpy(token_midpoints()).float().to(device), []
         for row_C, dose, measured_G in zip(self.row_KC, self.dose_K, self.measured_KG, strict=True):
-            log_shares = []
-            for row_1C, one_dose in ((row_C[None], dose), (self.conditioner.as_control(row_C[None]), 0.0)):
-                told = self.conditioner.conditions(row_1C, dose_N=np.array([one_dose])).to(device)
-                asked = denoise, told, len(measured_G), count_V, _PSEUDOCOUNT / _TARGET_SUM
-                log_shares.append(stated_log_shares(*asked)[0])
-            found.append(compare(log_shares[0] - log_shares[1], measured_G))
+            both = np.stack([row_C, self.conditioner.as_control(row_C[None])[0]])
+            told = self.conditioner.conditions(both, dose_N=np.array([dose, 0.0])).to(device)
+            asked = denoise, told, len(measured_G), count_V, _PSEUDOCOUNT / _TARGET_SUM
+            perturbed_G, control_G = stated_log_shares(*asked)
+            found.append(compare(perturbed_G - control_G, measured_G))
         return found
 
     @torch.no_grad()
