@@ -81,6 +81,7 @@ bench: $(STAMP)
 	$(BENCH)/export_vcc2026.py --cells 20000 360000 --pool 12 1
 	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm; do \
 	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \
+	  $(BENCH)/responses.py gbm --variants ours-calibrated --set calibrate=true; \
 	  $(BENCH)/responses.py papalexi --variants context_mean control_bootstrap ridge nearest_neighbour ours; \
 	else echo "kang_ifnb is not here: left out"; fi
 	OMP_NUM_THREADS=1 $(BENCH)/simulated_screen.py
