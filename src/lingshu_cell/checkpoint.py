@@ -31,9 +31,8 @@ from lingshu_cell.errors import LingshuError
 from lingshu_cell.input_files import expanded, read_json, refuse_special
 from lingshu_cell.output_files import checked, discard, flush, flush_all, writable, write_checked_json
 
-FORMAT_VERSION = (
-    5  # 5: convergence of identities (docs/decisions/0014); 4: gates by log means (0013); 3: programmes (0011)
-)
+# 5: convergence of identities (docs/decisions/0014); 4: gates by log means (0013); 3: programmes of cell states (0011)
+FORMAT_VERSION = 5
 CHECKPOINTS_KEPT = 2
 BEST_FILE = "best.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
