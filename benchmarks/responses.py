@@ -280,14 +280,14 @@ def wanted_of(screen: Screen, test: pd.DataFrame) -> list[dict[str, Any]]:
     return rows + [{**row, screen.perturbation_key: screen.control, "n": CONTROLS} for row in controls.values()]
 
 
-def write_parts(screen: Screen, split: Path, fold: Path) -> pd.DataFrame:
+def write_parts(screen: Screen, fold: Path) -> pd.DataFrame:
     """Write training and test cells of a fold; the test has the held-out conditions and unseen control cells of their
     identities. Gives the labels of the test cells.
     """
     from lingshu_cell.data.split_files import read_split
 
     cells = ad.read_h5ad(screen.path)
-    part = read_split(split).assign(cells.obs)
+    part = read_split(fold / "split.toml").assign(cells.obs)
     test = cells[part == "test"]
     if screen.identity_key:
         perturbed = test.obs[screen.perturbation_key].astype(str) != screen.control
@@ -443,7 +443,7 @@ def stages(screen: Screen, fold: Path, variant: str, seed: int, asked: Asked, un
     split = fold / (VALIDATED if asked.calibrate else "split.toml")
     record = place / "cost.json"
     cost = json.loads(record.read_text()) if record.is_file() else {}
-    wanted = wanted_of(screen, write_parts(screen, fold / "split.toml", fold))
+    wanted = wanted_of(screen, write_parts(screen, fold))
     is_baseline = variant in BASELINES
 
     def stage(name: str, function: Any, *arguments: Any) -> None:

@@ -248,14 +248,15 @@ class Conditioner:
             if self.dose_mean is not None and dose_N is not None:
                 dose_NP = applied_NP * np.asarray(dose_N, dtype=np.float32)[:, None]
                 told = replace(told, dose_BP=torch.from_numpy(dose_NP))
-        if self.contexts is not None:
-            identity_NC = self.states_open(condition_NC)
-            identity_NC[:, field] = 0
-            row_N = self.contexts.rows(identity_NC, context_uniform_N)
-            told = replace(told, context=_profiles(self.contexts.profile_KJG, row_N))
+        if self.contexts is not None or self.effects is not None:
+            opened_NC = self.states_open(condition_NC)
         if self.effects is not None:
-            row_N = self.effects.rows(self.states_open(condition_NC))
+            row_N = self.effects.rows(opened_NC)
             told = replace(told, effect=_profiles(self.effects.effect_KG[:, None], row_N))
+        if self.contexts is not None:
+            opened_NC[:, field] = 0
+            row_N = self.contexts.rows(opened_NC, context_uniform_N)
+            told = replace(told, context=_profiles(self.contexts.profile_KJG, row_N))
         if self.depths is not None:
             depth_N = np.full(len(condition_NC), np.nan) if log_depth_N is None else log_depth_N
             told = replace(told, depth_B=torch.from_numpy(np.asarray(depth_N, dtype=np.float32)))

@@ -243,7 +243,7 @@ def _matching_rows(
     given = wanted > 0
     if given.all() and len(wanted):
         return wanted[None], np.ones(1)
-    match, first = (known_rows[:, given] == wanted[given]).all(1), conditioner.n_state_fields
+    match, first = _agreeing(known_rows, wanted), conditioner.n_state_fields
     if not match.any() and first and given[first:].all() and len(wanted) > first:
         return _as_control_cells(conditioner, known_rows, known_counts, wanted)
     if not match.any():
@@ -256,6 +256,12 @@ def _matching_rows(
     return known_rows[match], counts / counts.sum()
 
 
+def _agreeing(known_rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Which known rows are as wanted in all that is given."""
+    given = wanted > 0
+    return (known_rows[:, given] == wanted[given]).all(1)
+
+
 def _as_control_cells(
     conditioner: Conditioner, known_rows: np.ndarray, known_counts: np.ndarray, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -264,9 +270,7 @@ def _as_control_cells(
     """
     if conditioner.perturbation_key is None:
         return wanted[None], np.ones(1)
-    control = conditioner.as_control(wanted[None])[0]
-    given = control > 0
-    match = (known_rows[:, given] == control[given]).all(1)
+    match = _agreeing(known_rows, conditioner.as_control(wanted[None])[0])
     if not match.any():
         return wanted[None], np.ones(1)
     rows, counts = known_rows[match].copy(), known_counts[match]
