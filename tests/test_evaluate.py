@@ -87,6 +87,11 @@ def test_other_real_cells_are_rated_like_real_cells(judged):
     assert value["sd_log_umi_ratio"] == pytest.approx(1.0, abs=0.25)
     assert value["zero_fraction_difference"] < 0.005 and value["mean_variance_error"] < 0.12
     assert value["gene_correlation_slope"] == pytest.approx(1.0, abs=0.4)
+    assert ideal["gene_correlation_slope"] == pytest.approx(1.0, abs=0.1)  # one draw is not so near: ± .3
+    assert metrics["gene_correlation_slope"]["real_vs_real_sd"] > 0.02
+    error = metrics["gene_correlation_error"]
+    assert 0 < error["real_vs_real_sd"] < error["real_vs_real"] / 2
+    assert abs(error["value"] - error["real_vs_real"]) < 4 * error["real_vs_real_sd"]
     assert value["proportion_max_error"] < 0.12 and value["label_accuracy"] > 0.85 and value["marker_overlap"] > 0.4
     assert value["doublet_rate"] < 0.12 and value["training_duplicates"] == value["generated_duplicates"] == 0
     assert value["memorisation_distance_ratio"] == pytest.approx(1.0, abs=0.1)

@@ -403,7 +403,11 @@ def _type_metrics(cells: dict[str, Cells], space: Space, clock: Clock, rng: np.r
 
 
 def _correlation_metrics(cells: dict[str, Cells], space: Space, rng: np.random.Generator) -> dict[str, dict]:
-    """Gene-gene correlations in the type most frequent in the reference, or over all cells when there are no types."""
+    """Gene-gene correlations in the type most frequent in the reference, or over all cells when there are no types.
+
+    Real-vs-real draws as many cells again and again out of reference and real cells together and compares them with the
+    others: the real cells alone are one draw, whose error can by luck be a third off with a few hundred cells.
+    """
     found: dict[str, dict] = {"gene_correlation_error": {}, "gene_correlation_slope": {}}
     types, sizes = np.unique(cells["reference"].predicted.astype(str), return_counts=True)
     of_type = {side: np.flatnonzero(c.predicted == types[sizes.argmax()]) for side, c in cells.items()}
@@ -416,15 +420,24 @@ def _correlation_metrics(cells: dict[str, Cells], space: Space, rng: np.random.G
     counts["shuffled"] = genes.shuffle_genes(counts["real"], rng)
     reference = cells["reference"].counts[rng.permutation(of_type["reference"])[:_MOST_CELLS_PCA]]
     used = correlation.expressed_genes(reference, _CORRELATED_GENES)
-    expression = embedding.log_normalise(reference, space.target_sum)[:, used].toarray()
-    halves = rng.permutation(len(expression))
-    for name, side in (("generated", "value"), ("real", "real_vs_real"), ("shuffled", "shuffled")):
-        judged = embedding.log_normalise(counts[name], space.target_sum)[:, used].toarray()
-        compared = correlation.compare_correlations(expression, judged, halves)
+    expression = {
+        side: embedding.log_normalise(x, space.target_sum)[:, used].toarray()
+        for side, x in {"reference": reference, **counts}.items()
+    }
+    halves = rng.permutation(reference.shape[0])
+    for name, side in (("generated", "value"), ("shuffled", "shuffled")):
+        compared = correlation.compare_correlations(expression["reference"], expression[name], halves)
         if compared is not None:
             found["gene_correlation_error"][side] = compared.error
             found["gene_correlation_slope"][side] = compared.slope
             found["gene_correlation_slope"][f"{side}_sd"] = compared.slope_error
+    together = np.concatenate([expression["reference"], expression["real"]])
+    drawn = []
+    for _ in range(_CHEAP_SPLITS):
+        cells_of_draw, others = np.split(together[rng.permutation(len(together))], [n])
+        drawn.append(correlation.compare_correlations(others, cells_of_draw, rng.permutation(len(others))))
+    for name, attribute in (("gene_correlation_error", "error"), ("gene_correlation_slope", "slope")):
+        found[name]["real_vs_real"] = [getattr(compared, attribute) for compared in drawn if compared is not None]
     return found
 
 
