@@ -20,7 +20,9 @@ def calibrate(
         str,
         typer.Option(metavar="VALIDATION.h5ad", help="Perturbed cells of conditions not trained, and control cells."),
     ],
-    scales: Annotated[str, typer.Option(metavar="S,S,…", help="Strengths to try.")] = "0.5,1,1.5,2,3",
+    scales: Annotated[
+        str | None, typer.Option(metavar="S,S,…", help="Strengths to try; several from 0.5 to 3 when not given.")
+    ] = None,
     space: Annotated[str | None, typer.Option(help="log-mean or logits; the run's own when not given.")] = None,
     n: Annotated[int, typer.Option(min=20, help="Cells to generate for each condition and strength.")] = 200,
     steps: Steps = None,
@@ -36,13 +38,14 @@ def calibrate(
     """
     from dataclasses import asdict
 
+    from lingshu_cell.calibrate import SCALES
     from lingshu_cell.calibrate import calibrate as calibrate_run
     from lingshu_cell.train import pick_device
 
     found = calibrate_run(
         run,
         data,
-        scales=_numbers(scales),
+        scales=SCALES if scales is None else _numbers(scales),
         space=space,
         n_cells=n,
         steps=read_steps(steps),

@@ -152,8 +152,8 @@ CATALOGUE: dict[str, MetricInfo] = {
         "lower",
         "correlation",
         "Root-mean-square error of gene-gene correlations within the most frequent cell type, against many reference "
-        "cells; its floor comes from the number of cells, so read it between real-vs-real and shuffled. Real-vs-real: as "
-        "many cells, drawn again and again from all real ones.",
+        "cells; its floor comes from the number of cells, so read it between real-vs-real and shuffled. Real-vs-real: "
+        "as many cells, drawn again and again from all real ones.",
         _CORRELATION,
     ),
     "gene_correlation_slope": MetricInfo(
