@@ -621,30 +621,31 @@ def main() -> None:
         generation={key: value for key, value in extra.items() if "." not in key},
         calibrate=calibrate,
     )
-    obs = ad.read_h5ad(screen.path, backed="r").obs
     root = ROOT / "build" / "responses" / arguments.screen
-    for seed in [] if arguments.table else arguments.seeds:
-        folds = folds_of(screen, obs)
-        for name, after in zip(folds, [*list(folds)[1:], *list(folds)[:1]], strict=True):
-            if arguments.folds and name not in arguments.folds:
-                continue
-            fold = root / name.replace(" ", "_").replace("+", "")
-            fold.mkdir(parents=True, exist_ok=True)
-            (fold / "split.toml").write_text(split_toml(screen, folds[name]), encoding="utf-8")
-            if calibrate:
-                (fold / VALIDATED).write_text(split_toml(screen, folds[name], folds[after]), encoding="utf-8")
-            for variant in arguments.variants:
-                stages(screen, fold, variant, seed, asked, arguments.until)
+    folds = folds_of(screen, ad.read_h5ad(screen.path, backed="r").obs)
+    if unknown := set(arguments.folds or []) - set(folds):
+        parser.error(f"--folds: no {', '.join(sorted(unknown))}; there are {', '.join(folds)}")
+    jobs = [] if arguments.table else list(itertools.product(arguments.seeds, arguments.variants))
+    against, first = root / "judged" / f"{screen.mean_baseline}-seed-0", (0, screen.mean_baseline)
+    if jobs and arguments.until == "evaluate" and first not in jobs and not against.is_dir():
+        jobs.insert(0, first)  # what average scores are measured from
+    for name, after in zip(folds, [*list(folds)[1:], *list(folds)[:1]], strict=True):
+        if not jobs or (arguments.folds and name not in arguments.folds):
+            continue
+        fold = root / name.replace(" ", "_").replace("+", "")
+        fold.mkdir(parents=True, exist_ok=True)
+        (fold / "split.toml").write_text(split_toml(screen, folds[name]), encoding="utf-8")
+        if calibrate:
+            (fold / VALIDATED).write_text(split_toml(screen, folds[name], folds[after]), encoding="utf-8")
+        for seed, variant in jobs:
+            stages(screen, fold, variant, seed, asked, arguments.until)
     if arguments.until != "evaluate":
         return
-    for seed in [] if arguments.table else arguments.seeds:
-        for variant in arguments.variants:
-            if not (root / "judged" / f"{variant}-seed-{seed}").is_dir():
-                against = (
-                    None if variant == screen.mean_baseline else root / "judged" / f"{screen.mean_baseline}-seed-0"
-                )
-                say(f"{arguments.screen}, {variant}, seed {seed}: judge")
-                run_in_child(judge, screen, root, variant, seed, against)
+    for seed, variant in sorted(jobs, key=lambda job: job != first):
+        if not (root / "judged" / f"{variant}-seed-{seed}").is_dir():
+            say(f"{arguments.screen}, {variant}, seed {seed}: judge")
+            compared = None if variant == screen.mean_baseline else against
+            run_in_child(judge, screen, root, variant, seed, compared)
     write_table(arguments.screen, screen, root)
 
 
