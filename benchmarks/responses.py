@@ -228,11 +228,13 @@ def calibrate_fold(screen: Screen, split: Path, run: Path, seed: int) -> dict[st
 
     watch, cells = Stopwatch(), ad.read_h5ad(screen.path)
     part = read_split(split).assign(cells.obs)
-    identity = cells.obs[screen.identity_key].astype(str)
-    is_control = cells.obs[screen.perturbation_key].astype(str) == screen.control
-    held_back = (part == "test") & is_control & identity.isin(set(identity[part == "validation"]))
+    held_back = (part == "test") & (cells.obs[screen.perturbation_key].astype(str) == screen.control)
+    if screen.identity_key:
+        identity = cells.obs[screen.identity_key].astype(str)
+        held_back &= identity.isin(set(identity[part == "validation"]))
     chosen = cells[(part == "validation") | held_back].copy()
-    found = calibrate(run, chosen, steps=STEPS, seed=seed, on_progress=say)
+    unseen = "embedding" if screen.embeddings else "error"
+    found = calibrate(run, chosen, steps=STEPS, seed=seed, unseen=unseen, on_progress=say)
     return {"calibrate_seconds": watch.seconds(), "guidance_scale": found.scale, "slopes": list(found.slopes)}
 
 
@@ -614,8 +616,8 @@ def main() -> None:
         screen.settings["data.embeddings"] = [str(embedding_file(screen))]
     extra = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
     calibrate = bool(extra.pop("calibrate", False))
-    if calibrate and screen.folds != "pairs":
-        parser.error("calibrate needs folds of identities: the next fold's are its validation conditions")
+    if calibrate and screen.folds == "scattered":
+        parser.error("calibrate needs several folds: what the next one holds out is its validation")
     asked = Asked(
         training={key: value for key, value in extra.items() if "." in key},
         generation={key: value for key, value in extra.items() if "." not in key},

@@ -9,6 +9,7 @@ import pytest
 from scipy import sparse
 
 from lingshu_cell.calibrate import calibrate, fit_scale
+from lingshu_cell.data.gene_embeddings import GeneEmbeddings, write_embeddings
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import load_model, steering_of
 from lingshu_cell.guidance_store import GUIDANCE_NAME, Calibration, load_calibration, save_calibration
@@ -115,3 +116,27 @@ def test_calibration_refuses_what_it_cannot_use(run, screen, choose, scales, wor
     }[choose]
     with pytest.raises(LingshuError, match=words):
         calibrate(run, screen[chosen].copy(), scales=scales)
+
+
+def test_targets_never_trained_are_calibrated_by_their_embeddings(tmp_path):
+    rng = np.random.default_rng(0)
+    parts = []
+    first_of = {"none": None, "g1": 0, "g2": 0, "g3": 0, "g4": 30, "g5": 30, "g6": 30, "g7": 0}
+    for label, first in first_of.items():
+        mean = np.full(60, 4.0)
+        if first is not None:
+            mean[first : first + 20] *= 3.0
+        counts = sparse.csr_matrix(rng.poisson(mean, (120, 60)).astype(np.int32))
+        parts.append(ad.AnnData(counts, obs=pd.DataFrame({"gene": label}, index=[f"{label}-{i}" for i in range(120)])))
+    cells = ad.concat(parts)
+    cells.var_names = [f"gene{i}" for i in range(60)]
+    vectors = np.array([[1, 0], [0.9, 0.1], [1, 0.1], [0, 1], [0.1, 0.9], [0.1, 1], [0.9, 0]], np.float32)
+    told = tmp_path / "embeddings.npz"
+    write_embeddings(GeneEmbeddings.of([f"g{i}" for i in range(1, 8)], vectors, "a test"), told)
+    trained = cells[cells.obs["gene"] != "g7"].copy()
+    LingshuCell.train(trained, out=tmp_path / "run", settings={**TINY, "data.embeddings": [str(told)]})
+    validation = cells[cells.obs["gene"].isin(["none", "g7"])].copy()
+    with pytest.raises(LingshuError, match="--unseen embedding"):
+        calibrate(tmp_path / "run", validation, scales=(0.5, 2.0), n_cells=60)
+    found = calibrate(tmp_path / "run", validation, scales=(0.5, 2.0), n_cells=60, unseen="embedding")
+    assert found.conditions == ("g7",) and 0.2 < found.slopes[0] < found.slopes[1] - 0.5

@@ -27,6 +27,7 @@ def calibrate(
     space: str | None = None,
     n_cells: int = 200,
     steps: int | str | None = None,
+    unseen: str = "error",
     layer: str | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -49,6 +50,8 @@ def calibrate(
         Cells to generate for each condition and strength, 20 or more; all strengths use the same seeds.
     steps
         Network evaluations per cell; the run's own when not given.
+    unseen
+        What stands in for perturbations that no training cell has: ``error`` (nothing) or ``embedding``.
     layer
         Layer of the counts in ``data``.
     seed
@@ -66,7 +69,8 @@ def calibrate(
     Raises
     ------
     LingshuError
-        If the model knows no perturbations, the data have no conditions to compare, or no slope can be measured.
+        If the model knows no perturbations, the data have no conditions to compare, one of them cannot be generated
+        (see ``unseen``), or no slope can be measured.
     """
     if len(scales) < 2 or list(scales) != sorted(set(scales)):
         raise LingshuError("Strengths must be two or more, rising", f"{list(scales)}", "Write e.g. 0.5,1,1.5,2")
@@ -86,7 +90,7 @@ def calibrate(
     for scale in scales:
         steering = steering_of(model, guidance_scale=scale, guidance_space=space)
         parts = [
-            generate(model, n_cells, condition=condition, steps=steps, seed=seed, steering=steering)
+            generate(model, n_cells, condition=condition, steps=steps, seed=seed, unseen=unseen, steering=steering)
             for condition in wanted
         ]
         for part, condition in zip(parts, wanted, strict=True):

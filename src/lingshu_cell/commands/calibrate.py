@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from lingshu_cell.commands.options import Device, Json, RunFolder, Steps, read_steps
+from lingshu_cell.commands.options import Device, Json, RunFolder, Steps, Unseen, read_steps
 from lingshu_cell.console import give, give_json, say
 from lingshu_cell.errors import LingshuError
 
 EXAMPLES = (
     "lingshu calibrate run --data parts/validation.h5ad",
     "lingshu calibrate run --data parts/validation.h5ad --scales 1,2,3 --space logits",
+    "lingshu calibrate run --data parts/validation.h5ad --unseen embedding",
 )
 
 
@@ -26,6 +27,7 @@ def calibrate(
     space: Annotated[str | None, typer.Option(help="log-mean or logits; the run's own when not given.")] = None,
     n: Annotated[int, typer.Option(min=20, help="Cells to generate for each condition and strength.")] = 200,
     steps: Steps = None,
+    unseen: Unseen = "error",
     layer: Annotated[str | None, typer.Option(help="Layer of the counts.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of generation.")] = 0,
     device: Device = "auto",
@@ -49,6 +51,7 @@ def calibrate(
         space=space,
         n_cells=n,
         steps=read_steps(steps),
+        unseen=unseen,
         layer=layer,
         seed=seed,
         device=pick_device(device),

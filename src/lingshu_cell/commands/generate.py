@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingshu_cell.commands.options import Device, DryRun, Json, MaxKl, RunFolder, Steps, of_generation, read_steps
+from lingshu_cell.commands.options import (
+    Device,
+    DryRun,
+    Json,
+    MaxKl,
+    RunFolder,
+    Steps,
+    Unseen,
+    of_generation,
+    read_steps,
+)
 from lingshu_cell.config import GenerationConfig
 from lingshu_cell.console import cells_bar, choices_of, clock, give, give_json, say
 from lingshu_cell.errors import LingshuError
@@ -60,9 +70,7 @@ def generate(
         str | None,
         typer.Option(metavar="CONTROLS.h5ad", help="Control cells of the identity wanted, e.g. of a new cell line."),
     ] = None,
-    unseen: Annotated[
-        str, typer.Option(help="Perturbations never trained: error, or embedding (models with data.embeddings).")
-    ] = "error",
+    unseen: Unseen = "error",
     guidance_scale: Annotated[
         float | None, typer.Option(help=f"{of_generation('guidance_scale')} The run's own when not given.")
     ] = None,

@@ -32,6 +32,9 @@ def of_generation(setting: str) -> str:
 Steps = Annotated[
     str | None, typer.Option(metavar="N|auto", help=f"{of_generation('steps')} The run's own when not given.")
 ]
+Unseen = Annotated[
+    str, typer.Option(help="Perturbations never trained: error, or embedding (models with data.embeddings).")
+]
 MaxKl = Annotated[float | None, typer.Option(metavar="NATS", help=of_generation("max_kl"))]
 Join = Annotated[
     str, typer.Option(metavar="union|intersection|GENES.txt", help="The joint gene list; a file has one per line.")
