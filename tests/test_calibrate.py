@@ -94,6 +94,12 @@ def test_calibration_of_a_trained_model_is_used_by_generation(run, screen):
     model = load_model(run)
     assert steering_of(model).guidance_scale == found.scale
     assert steering_of(model, guidance_scale=1.0).guidance_scale == 1.0
+    said = LingshuCell.load(run).generate(2, condition={"cell_type": "C", "gene": "g1"}).uns["lingshu_cell"]
+    assert said["perturbation"]["guidance_scale"] == found.scale and "guidance_scale" not in said["generation"]
+    fitted = f"guidance {found.scale:.3g} in log-mean, fitted by lingshu calibrate"
+    assert fitted in said["perturbation"]["notes"]
+    control = LingshuCell.load(run).generate(2, condition={"cell_type": "C", "gene": "none"}).uns["lingshu_cell"]
+    assert fitted not in control["perturbation"]["notes"]
     (run / GUIDANCE_NAME).unlink()
     assert steering_of(load_model(run)).guidance_scale == 1.0
 

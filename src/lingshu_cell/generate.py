@@ -43,6 +43,7 @@ from lingshu_cell.tokens import MASK_TOKEN
 
 _DECODE_STREAM, _RARE_STREAM, _CONDITION_STREAM = 1, 2, 3
 _RARE = ("rare_gene", "rare_count", "rare_data_set", "data_set_cells")
+_OF_STEERING = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
 _TILE_CELLS = 64
 _TILE_CELLS_ON_GPU = 1024  # of a set denoiser: with 64 an H100 waits for its host (docs/log.md)
 
@@ -257,6 +258,8 @@ class Steering:
     silenced
         Where given, the target of a perturbation and the genes that it silences in other identities are given 1 UMI
         before the first step, in each condition its own.
+    fitted
+        What is to be said of guidance that nobody chose, as a calibration found it; empty otherwise.
     """
 
     guidance_scale: float = 1.0
@@ -266,6 +269,7 @@ class Steering:
     clamp: Mapping[str, int] = field(default_factory=dict)
     tilt: Mapping[str, float] = field(default_factory=dict)
     silenced: Silenced | None = None
+    fitted: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,6 +364,8 @@ def plan_cells(
     asked = {"condition": {key: str(value) for key, value in (condition or {}).items()}, "dose": dose, "unseen": unseen}
     limits = {"max_kl": defaults.max_kl if max_kl is None else max_kl}
     silenced, notes = _silenced_columns(model, request, steering)
+    if steering.fitted and request.conditioner.is_perturbed(request.rows).any():
+        notes.append(steering.fitted)
     if model.measured is not None and not model.measured.measured_SG.all():
         n_unmeasured = (~model.measured.genes(request.rows, request.conditioner.perturbation_field)).sum(1)
         notes.append(
@@ -439,10 +445,11 @@ def steering_of(
     defaults = model.config.generation
     calibrated = load_calibration(model.checkpoint.folder.parent, model.checkpoint.step)
     fits = calibrated is not None and guidance.get("guidance_space") in (None, calibrated.space)
+    fitted = ""
     if fits and guidance.get("guidance_scale") is None:
         guidance |= {"guidance_scale": calibrated.scale, "guidance_space": calibrated.space}
-    names = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
-    chosen = {name: getattr(defaults, name) if guidance.get(name) is None else guidance[name] for name in names}
+        fitted = f"guidance {calibrated.scale:.3g} in {calibrated.space}, fitted by lingshu calibrate"
+    chosen = {n: getattr(defaults, n) if guidance.get(n) is None else guidance[n] for n in _OF_STEERING}
     if prior not in (None, "silenced"):
         raise LingshuError("The prior must exist", f"'{prior}'", "Choose silenced, or leave it out")
     if prior is None and de_tables is not None:
@@ -452,7 +459,7 @@ def steering_of(
     silenced = None if prior is None else read_silenced(checkpoint.folder.parent, de_tables, expected)
     clamp = mapping(clamp, "Clamped genes", '{"STAT1": 0}')
     tilt = mapping(tilt, "Tilted genes", '{"STAT1": 0.5}')
-    return Steering(**chosen, clamp=clamp, tilt=tilt, silenced=silenced)
+    return Steering(**chosen, clamp=clamp, tilt=tilt, silenced=silenced, fitted=fitted)
 
 
 def request_of(model: TrainedModel, condition: Mapping[str, str] | None = None, **asked: Any) -> Request:
@@ -532,7 +539,7 @@ def provenance(model: TrainedModel, plan: Plan) -> dict[str, Any]:
     """What made the cells, for ``uns["lingshu_cell"]``: text and numbers only."""
     manifest, used, steering = model.checkpoint.manifest, plan.schedule, plan.steering
     chosen = {
-        **model.config.generation.model_dump(exclude={"shard_cells"}),
+        **model.config.generation.model_dump(exclude={"shard_cells", *_OF_STEERING}),
         "steps": used.steps,
         "schedule": used.name,
         "visible_counts": " ".join(map(str, used.grid)),
@@ -652,7 +659,7 @@ def _silenced_columns(
 def _described(plan: Plan) -> dict[str, Any]:
     """Guidance and priors as text and numbers, for ``uns``."""
     steering = plan.steering
-    described = {f.name: getattr(steering, f.name) for f in fields(steering) if f.name != "silenced"}
+    described = {f.name: getattr(steering, f.name) for f in fields(steering) if f.name not in ("silenced", "fitted")}
     described |= {"clamp": dict(steering.clamp), "tilt": dict(steering.tilt)}
     notes = {"notes": list(plan.notes)}
     return described | notes | ({} if steering.silenced is None else {"prior": f"silenced: {steering.silenced.source}"})

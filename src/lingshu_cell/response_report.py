@@ -375,8 +375,8 @@ def _file_name(record: Mapping[str, Any], part: str) -> str | None:
 def _model_line(provenance: Mapping[str, Any] | None) -> str:
     """What made the cells, in one line."""
     source = provenance or {}
-    inner = source.get("generation") if isinstance(source.get("generation"), Mapping) else {}
-    found = {**inner, **source}
+    parts = [source.get(name) for name in ("generation", "perturbation")]
+    found = {key: value for part in (*parts, source) if isinstance(part, Mapping) for key, value in part.items()}
     words = {"baseline": "baseline {}", "preset": "preset {}", "checkpoint_step": "trained for {} steps"}
     words |= {"schedule": "{} schedule", "steps": "{} sampling steps"}
     words |= {"guidance_scale": "guidance {}", "seed": "seed {}"}

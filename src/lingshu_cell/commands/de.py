@@ -42,7 +42,7 @@ def de(
     """Say which genes every perturbation changes, against control cells of the same identity.
 
     One CSV per condition (means, log2 fold change, Mann-Whitney p-value, FDR), index.csv over all of them, and
-    README.txt on which control and which test. Needs: pip install "lingshu-cell[responses]"
+    README.txt on which control and which test. Needs the packages of the extra "responses".
     """
     from lingshu_cell.metrics.differential import write_differential
 

@@ -54,7 +54,7 @@ def evaluate(
     """Compare generated cells with real cells; with --perturbation-key, predicted with measured responses.
 
     Every metric comes with its real-vs-real value, what two groups of real cells give, and where it helps with that of
-    gene-wise shuffled cells. Needs the extra packages: pip install "lingshu-cell[evaluate]"
+    gene-wise shuffled cells. Needs the packages of the extra "evaluate".
     """
     if perturbation_key is not None or control is not None:
         responses = {

@@ -72,7 +72,8 @@ def generate(
     ] = None,
     unseen: Unseen = "error",
     guidance_scale: Annotated[
-        float | None, typer.Option(help=f"{of_generation('guidance_scale')} The run's own when not given.")
+        float | None,
+        typer.Option(help=f"{of_generation('guidance_scale')} What lingshu calibrate found when not given."),
     ] = None,
     guidance_space: Annotated[str | None, typer.Option(help=of_generation("guidance_space"))] = None,
     clamp: Annotated[
