@@ -17,7 +17,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 help:
 	@echo "make demo   train, generate, evaluate and report on bundled blood cells, in demo-run/"
 	@echo "make test   the quick tests"
-	@echo "make bench  slow tests, and all that is in benchmarks/results anew: about two hours on two idle cores"
+	@echo "make bench  slow tests, and most of benchmarks/results anew, one seed each: a working day on two idle cores"
 	@echo "make faults kills, full disks, damaged files, two at once, against every command that writes"
 	@echo "make gpu    tests and measurements that need a CUDA device (GPU_PYTHON=python3 to use a Python that has all packages)"
 	@echo "make lint   style"
@@ -57,10 +57,11 @@ PBMC8 := build/fidelity/fidelity-pbmc8k
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow --timeout 0
 	PYTHON=$(PYTHON) benchmarks/peers/make_venv.sh
-	$(BENCH)/fidelity.py --data pbmc3k
-	@for data in pbmc8k marrow_cd34 dentate_gyrus_mouse; do \
-	  if test -f ../shared/data/$$data.h5ad; then $(BENCH)/fidelity.py --data $$data || exit 1; \
-	  else echo "$$data is not here: left out"; fi; \
+	$(BENCH)/fidelity.py --data pbmc3k --models small,scvi,paper-s32,halves,shuffled --cpu-seconds 400
+	@for data in pbmc8k:1300 marrow_cd34:900 dentate_gyrus_mouse:900; do \
+	  name=$${data%:*}; \
+	  if test -f ../shared/data/$$name.h5ad; then $(BENCH)/fidelity.py --data $$name --cpu-seconds $${data#*:} || exit 1; \
+	  else echo "$$name is not here: left out"; fi; \
 	done
 	$(BENCH)/paper_step.py
 	$(BENCH)/steps_front.py $(PBMC)/small/run $(PBMC)/heldout.h5ad $(PBMC)/train.h5ad --steps 8,16,64 --schedules optimal --name steps_front-pbmc3k
