@@ -95,7 +95,7 @@ def calibrate(
         ]
         for part, condition in zip(parts, wanted, strict=True):
             part.obs = part.obs.assign(identity=_name(condition, identity_keys), perturbation=condition[key])
-        predicted = ad.concat(parts)[:, real.var_names]
+        predicted = ad.concat(parts, index_unique="-")[:, real.var_names]  # all conditions have the same seeds
         with tempfile.TemporaryDirectory() as scratch:
             found = evaluate_responses(
                 real,
