@@ -15,6 +15,7 @@ package's baselines predict the same conditions from the same training cells, an
 import argparse
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -459,6 +460,8 @@ def stages(screen: Screen, fold: Path, variant: str, seed: int, asked: Asked, un
     elif variant in PEERS:
         stage("generate_seconds", peer_fold, screen, variant, fold, wanted, seed)
     else:
+        if "train_seconds" not in cost:
+            shutil.rmtree(place / "run", ignore_errors=True)  # of a training that was stopped
         stage("train_seconds", train_fold, screen, split, place / "run", seed, asked.training)
         if until == "train":
             return
