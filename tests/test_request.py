@@ -90,6 +90,26 @@ def test_open_fields_are_drawn_jointly_as_often_as_in_training(model):
     assert everything.probabilities.sum() == pytest.approx(1)
 
 
+def test_fields_open_under_a_perturbation_never_measured_are_drawn_as_in_control_cells(model):
+    cells = model[0]
+    rows, counts = cells.condition_frequencies()
+    at_rest = rows[:, 1] == list(cells.conditions.fields["drug"]).index("none") + 1
+    request = ask(model, {"drug": "Q+R"}, unseen="embedding")
+    assert labels(request) == [("L1", "Q+R"), ("L2", "Q+R"), ("L3", "Q+R")]
+    np.testing.assert_array_equal(request.rows[:, 0], rows[at_rest, 0])
+    np.testing.assert_allclose(request.probabilities, counts[at_rest] / counts[at_rest].sum())
+    assert "'line' (1): drawn as in control cells, as no training cell has drug=Q+R" in request.notes
+    with pytest.raises(LingshuError) as caught:
+        resolve_request(
+            model[1], rows[~at_rest], counts[~at_rest], {"drug": "Q+R"}, unseen="embedding",
+            genes=cells.vocabulary, modelled=cells.modelled, min_coverage=0.5,
+        )  # fmt: skip
+    assert caught.value.rule == "Fields left open are drawn from the training cells that match the given ones"
+    assert (caught.value.finding, caught.value.remedy) == (
+        "no training cell has drug=Q+R", "Give every field: 'line', 'drug' (2)"
+    )  # fmt: skip
+
+
 def test_a_pair_never_seen_together_gets_its_expected_effect(model):
     request = ask(model, {"line": "L3", "drug": "Q"})
     assert labels(request) == [("L3", "Q")]
@@ -220,9 +240,6 @@ KNOWN = {"line": "L1", "drug": "P"}
          "'P+P' taken apart at '+' gives 'P', 'P' (2)", None),
         ({"line": "L7", "drug": "P"}, {}, "Conditions must be among those the model was trained on",
          "line has no 'L7' (1)", "Known values: 'L1', 'L2', 'L3' (3)"),
-        ({"drug": "Q+R"}, {"unseen": "embedding"},
-         "Fields left open are drawn from the training cells that match the given ones",
-         "no training cell has drug=Q+R", "Give every field: 'line', 'drug' (2)"),
         (KNOWN, {"dose": 0}, "A dose must be a number above 0 in every perturbed cell",
          "1 of 1 perturbed cells have '0' (1)", None),
         (KNOWN, {"depth": "deep"}, "The depth must be UMI per cell, 'model' or 'open'", "'deep'",

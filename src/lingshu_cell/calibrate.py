@@ -113,7 +113,7 @@ def calibrate(
         if slope is None:
             raise LingshuError(
                 "The validation conditions must have effects to measure a slope on",
-                f"too few genes change in {offenders(map(str, wanted))}",
+                f"too few genes change in {offenders(_name(row, row) for row in wanted)}",
                 "Use conditions with more cells or stronger effects",
             )
         slopes.append(float(slope))

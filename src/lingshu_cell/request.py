@@ -24,6 +24,7 @@ from lingshu_cell.data.perturbations import check_log_doses
 from lingshu_cell.data.vocabulary import ConditionVocabulary, GeneVocabulary, align_genes, apply_alignment
 from lingshu_cell.errors import LingshuError, offenders
 from lingshu_cell.expected_effects import with_expected_effects
+from lingshu_cell.tokens import STATE_FIELDS
 
 UNSEEN = ("error", "embedding")
 
@@ -80,7 +81,7 @@ def resolve_request(
         Condition rows of the training cells, and in how many cells each occurs.
     condition
         Wanted label of some fields. A combination of known perturbations is allowed whether it was seen or not. Fields
-        left open are drawn, jointly, from the training cells that match.
+        left open are drawn, jointly, from the training cells that match, or else from control cells that do.
     genes, modelled, min_coverage
         The model's genes, and the least share of them that a context must have.
     dose
@@ -112,7 +113,7 @@ def resolve_request(
         conditioner, profile = _with_context(conditioner, wanted, cells, genes, modelled, min_coverage, notes)
         rows, probabilities = wanted[None], np.ones(1)
     else:
-        rows, probabilities = _matching_rows(conditioner, known_rows, known_counts, wanted, condition)
+        rows, probabilities = _matching_rows(conditioner, known_rows, known_counts, wanted, condition, notes)
     conditioner, of_effects = with_expected_effects(conditioner, rows, known_rows, profile)
     notes += of_effects
     return Request(
@@ -238,44 +239,45 @@ def _matching_rows(
     known_counts: np.ndarray,
     wanted: np.ndarray,
     condition: Mapping[str, str],
+    notes: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Condition rows to draw from and their probabilities."""
+    """Condition rows to draw from and their probabilities.
+
+    What is left open is drawn from the training cells that are as wanted. Where there are none, as under a perturbation
+    never measured there, it is drawn from the control cells that are, and where labels are open the notes say so; where
+    there are none either, states stay open.
+    """
     given = wanted > 0
     if given.all() and len(wanted):
         return wanted[None], np.ones(1)
-    match, first = _agreeing(known_rows, wanted), conditioner.n_state_fields
-    if not match.any() and first and given[first:].all() and len(wanted) > first:
-        return _as_control_cells(conditioner, known_rows, known_counts, wanted)
-    if not match.any():
-        raise LingshuError(
-            "Fields left open are drawn from the training cells that match the given ones",
-            f"no training cell has {', '.join(f'{k}={v}' for k, v in condition.items())}",
-            f"Give every field: {offenders(conditioner.vocabulary.fields)}",
-        )
-    counts = known_counts[match]
-    return known_rows[match], counts / counts.sum()
+    match = _agreeing(known_rows, wanted)
+    if match.any():
+        counts = known_counts[match]
+        return known_rows[match], counts / counts.sum()
+    if conditioner.perturbation_key is not None and given[conditioner.perturbation_field]:
+        match = _agreeing(known_rows, conditioner.as_control(wanted[None])[0])
+    said = ", ".join(f"{key}={value}" for key, value in condition.items())
+    fields = zip(conditioner.vocabulary.fields, given, strict=True)
+    open_labels = [name for name, known in fields if not known and name not in STATE_FIELDS]
+    if match.any():
+        if open_labels:
+            notes.append(f"{offenders(open_labels)}: drawn as in control cells, as no training cell has {said}")
+        rows, counts = known_rows[match].copy(), known_counts[match]
+        rows[:, conditioner.perturbation_field] = wanted[conditioner.perturbation_field]
+        return rows, counts / counts.sum()
+    if not open_labels:
+        return wanted[None], np.ones(1)  # states stay open
+    raise LingshuError(
+        "Fields left open are drawn from the training cells that match the given ones",
+        f"no training cell has {said}",
+        f"Give every field: {offenders(conditioner.vocabulary.fields)}",
+    )
 
 
 def _agreeing(known_rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Which known rows are as wanted in all that is given."""
     given = wanted > 0
     return (known_rows[:, given] == wanted[given]).all(1)
-
-
-def _as_control_cells(
-    conditioner: Conditioner, known_rows: np.ndarray, known_counts: np.ndarray, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels that no training cell has together are drawn in the states of the control cells of their identity; where
-    there are none the state stays open.
-    """
-    if conditioner.perturbation_key is None:
-        return wanted[None], np.ones(1)
-    match = _agreeing(known_rows, conditioner.as_control(wanted[None])[0])
-    if not match.any():
-        return wanted[None], np.ones(1)
-    rows, counts = known_rows[match].copy(), known_counts[match]
-    rows[:, conditioner.perturbation_field] = wanted[conditioner.perturbation_field]
-    return rows, counts / counts.sum()
 
 
 def _standard_dose(conditioner: Conditioner, dose: float | None) -> float | None:
