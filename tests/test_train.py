@@ -29,7 +29,7 @@ from lingshu_cell.diffusion.loss import validation_nelbo
 from lingshu_cell.ema import gamma_of
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.history import lock_run
-from lingshu_cell.train import Progress, TrainingResult, learning_rate, pick_device, train
+from lingshu_cell.train import Progress, TrainingResult, learning_rate, pick_device, train, with_steps
 
 GOLDEN = Path(__file__).parent / "golden"
 # fp32 sums round differently with other vector units, thread counts and torch versions: about 1e-6 a step, grown by
@@ -220,6 +220,20 @@ def test_saved_averages_are_those_of_the_weights_along_the_run(pbmc, tmp_path, e
         average = load_checkpoint(run).tensors(f"ema_{sigma_rel:.2f}")["feature_in.bias"]
         torch.testing.assert_close(average.double(), explicit, rtol=1e-5, atol=1e-7)
     assert (trajectory[-1] - trajectory[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("n_cells", "perturbation_key", "steps"),
+    [(10, None, 300), (3200, None, 1000), (1_000_000, None, 4000), (3200, "drug", 300), (12_800, "drug", 500)],
+)
+def test_steps_are_passes_over_the_cells_and_fewer_with_perturbations(n_cells, perturbation_key, steps):
+    control = None if perturbation_key is None else "none"
+    config = tiny_config(
+        data={"perturbation_key": perturbation_key, "control": control},
+        training={"steps": "auto", "minibatch_size": 128},
+    )
+    assert with_steps(config, n_cells).training.steps == steps
+    assert with_steps(tiny_config(training={"steps": 7}), n_cells).training.steps == 7
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():

@@ -157,7 +157,8 @@ class TrainingConfig(_Section):
     """Optimiser, schedule and bookkeeping of one training run."""
 
     steps: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="Optimiser steps; auto = 40 passes over the training cells, 300 to 4,000 steps."
+        "auto",
+        description="Optimiser steps; auto = 40 passes over the cells (5 with perturbations), 300 to 4,000 steps.",
     )
     max_seconds: float | None = Field(
         None, gt=0, description="Training ends after so many seconds if not earlier; the learning rate follows."

@@ -56,7 +56,7 @@ _VALIDATION_CELLS = 512
 _VALIDATION_MASKS = 4
 _CELL_VISITS_PER_CURVE_CELL = 400  # so that the information curve costs a few percent of training
 _LEAST_CURVE_CELLS = 16
-_PASSES, _FEWEST_STEPS, _MOST_STEPS = 40, 300, 4_000
+_PASSES, _PASSES_WITH_PERTURBATIONS, _FEWEST_STEPS, _MOST_STEPS = 40, 5, 300, 4_000
 
 
 @dataclass(frozen=True)
@@ -496,10 +496,13 @@ def curve_cells(steps: int, minibatch_size: int) -> int:
 
 
 def with_steps(config: Config, n_training_cells: int) -> Config:
-    """Turn ``training.steps = "auto"`` into a number: cells get better up to about 40 passes (docs/log.md)."""
+    """Turn ``training.steps = "auto"`` into a number: cells get better up to about 40 passes, and what is foretold of
+    conditions never trained gets worse after few (docs/log.md).
+    """
     if config.training.steps != "auto":
         return config
-    steps = math.ceil(_PASSES * n_training_cells / config.training.minibatch_size)
+    passes = _PASSES if config.data.perturbation_key is None else _PASSES_WITH_PERTURBATIONS
+    steps = math.ceil(passes * n_training_cells / config.training.minibatch_size)
     steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
 
