@@ -165,9 +165,14 @@ def test_automatic_conditions_need_a_label_in_every_cell(pbmc, tmp_path):
     assert keys(condition_keys="donor") == keys(settings=['data.condition_keys=["donor"]']) == ("donor",)
 
 
+def readme_python() -> list[str]:
+    """How to hold cells out, and the example."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def readme_example() -> str:
     """The Python example of the README with numbers that take seconds."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    example = readme_python()[1]
     shorter = {"2000}": '12, "network.width": 32}', "generate(1000": "generate(80", "steps=64": "steps=8"}
     for long, short in shorter.items():
         assert long in example
@@ -182,6 +187,15 @@ def readers_folder(tmp_path) -> Path:
     cells[rows[:240]].copy().write_h5ad(tmp_path / "cells.h5ad")
     cells[rows[240:]].copy().write_h5ad(tmp_path / "heldout.h5ad")
     return tmp_path
+
+
+def test_readme_holds_a_tenth_of_the_cells_out(tmp_path):
+    cells = real_cells(360, 1000)
+    cells.write_h5ad(tmp_path / "all.h5ad")
+    python(readme_python()[0], cwd=tmp_path)
+    parts = [ad.read_h5ad(tmp_path / f"{name}.h5ad").obs_names for name in ("cells", "heldout")]
+    assert sorted([*parts[0], *parts[1]]) == sorted(cells.obs_names)
+    assert 15 < len(parts[1]) < 60
 
 
 def test_readme_example_trains_generates_and_scores(readers_folder):

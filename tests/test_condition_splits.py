@@ -449,4 +449,4 @@ def test_the_example_of_the_documentation_is_valid():
     counts = split.summary(obs).set_index(["identity", "perturbation"])
     assert counts.loc[("B cells", "IFNB"), ["train", "test"]].tolist() == [1, 9]
     assert counts.loc[("NK cells", "STAT2"), "test"] == 10 and counts.loc[("B cells", "STAT2"), "validation"] == 10
-    assert counts.loc[("NK cells", "control"), ["train", "test"]].tolist() == [8, 2]
+    assert counts.loc[("NK cells", "control"), ["train", "validation", "test"]].tolist() == [7, 1, 2]
