@@ -83,6 +83,7 @@ def calibrate(
     identity_keys = [name for name in model.conditions.fields if name not in (key, *STATE_FIELDS)]
     cells = read_counts(data, layer, [*identity_keys, key])
     wanted = _conditions(model, cells, identity_keys, key)
+    names = tuple(" / ".join(condition.values()) for condition in wanted)
     control = model.conditioner.perturbations.control
     real = ad.AnnData(cells.counts, obs=_joined(cells, identity_keys, key))
     real.var_names = cells.gene_names
@@ -113,7 +114,7 @@ def calibrate(
         if slope is None:
             raise LingshuError(
                 "The validation conditions must have effects to measure a slope on",
-                f"too few genes change in {offenders(_name(row, row) for row in wanted)}",
+                f"too few genes change in {offenders(names)}",
                 "Use conditions with more cells or stronger effects",
             )
         slopes.append(float(slope))
@@ -124,7 +125,7 @@ def calibrate(
         checkpoint_step=model.checkpoint.step,
         scales=tuple(float(scale) for scale in scales),
         slopes=tuple(slopes),
-        conditions=tuple(" / ".join(condition.values()) for condition in wanted),
+        conditions=names,
         data_fingerprint=cells.fingerprint,
     )
     save_calibration(model.checkpoint.folder.parent, calibration)
