@@ -43,7 +43,7 @@ from lingshu_cell.tokens import MASK_TOKEN
 
 _DECODE_STREAM, _RARE_STREAM, _CONDITION_STREAM = 1, 2, 3
 _RARE = ("rare_gene", "rare_count", "rare_data_set", "data_set_cells")
-_OF_STEERING = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
+GUIDANCE_SETTINGS = ("guidance_scale", "guidance_space", "guidance_clip", "guidance_ramp")
 _TILE_CELLS = 64
 _TILE_CELLS_ON_GPU = 1024  # of a set denoiser: with 64 an H100 waits for its host (docs/log.md)
 
@@ -449,7 +449,7 @@ def steering_of(
     if fits and guidance.get("guidance_scale") is None:
         guidance |= {"guidance_scale": calibrated.scale, "guidance_space": calibrated.space}
         fitted = f"guidance {calibrated.scale:.3g} in {calibrated.space}, fitted by lingshu calibrate"
-    chosen = {n: getattr(defaults, n) if guidance.get(n) is None else guidance[n] for n in _OF_STEERING}
+    chosen = {n: getattr(defaults, n) if guidance.get(n) is None else guidance[n] for n in GUIDANCE_SETTINGS}
     if prior not in (None, "silenced"):
         raise LingshuError("The prior must exist", f"'{prior}'", "Choose silenced, or leave it out")
     if prior is None and de_tables is not None:
@@ -539,7 +539,7 @@ def provenance(model: TrainedModel, plan: Plan) -> dict[str, Any]:
     """What made the cells, for ``uns["lingshu_cell"]``: text and numbers only."""
     manifest, used, steering = model.checkpoint.manifest, plan.schedule, plan.steering
     chosen = {
-        **model.config.generation.model_dump(exclude={"shard_cells", *_OF_STEERING}),
+        **model.config.generation.model_dump(exclude={"shard_cells", *GUIDANCE_SETTINGS}),
         "steps": used.steps,
         "schedule": used.name,
         "visible_counts": " ".join(map(str, used.grid)),

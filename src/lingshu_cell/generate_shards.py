@@ -23,7 +23,16 @@ from lingshu_cell.claims import Claims
 from lingshu_cell.data.anndata_io import H5adWriter, read_counts
 from lingshu_cell.data.cell_folder import FORMAT_VERSION, REQUEST, CellFolder
 from lingshu_cell.errors import LingshuError
-from lingshu_cell.generate import GeneratedChunk, Plan, TrainedModel, draw_chunks, plan_cells, provenance, var_of
+from lingshu_cell.generate import (
+    GUIDANCE_SETTINGS,
+    GeneratedChunk,
+    Plan,
+    TrainedModel,
+    draw_chunks,
+    plan_cells,
+    provenance,
+    var_of,
+)
 from lingshu_cell.input_files import expanded
 from lingshu_cell.output_files import writable
 from lingshu_cell.wanted_cells import Piece, WantedRow, cut_into_shards
@@ -147,7 +156,7 @@ class _Planned:
             "weights": model.weights,
             "rows": [row.to_json() for row in self.rows],
             "schedule": [schedule.name, plan.asked["max_kl"], *map(int, schedule.grid)],
-            "guidance": [getattr(steering, f"guidance_{name}") for name in ("scale", "space", "clip", "ramp")],
+            "guidance": [getattr(steering, name) for name in GUIDANCE_SETTINGS],
             "clamp": {gene: int(count) for gene, count in steering.clamp.items()},
             "tilt": {gene: float(factor) for gene, factor in steering.tilt.items()},
             "prior": None if prior is None else checksum({"table": prior.table.to_csv(), "source": prior.source}),
