@@ -3,11 +3,11 @@
 The processes are forked off a server that has imported everything but run nothing, so a job costs what it computes.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import resource
 import signal
-import socket
 import time
 import traceback
 import warnings
@@ -21,7 +21,11 @@ import numpy as np
 import torch
 from conftest import real_cells, tiny_config
 
-PATIENCE_SECONDS = 600  # a hang, not a busy machine
+from lingshu_cell.launch import meeting_port
+
+PATIENCE_SECONDS = (
+    300  # a hang, not a busy machine (all jobs take 40 s); less than a test may take, so that this ends it
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def do_jobs(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """Do jobs one after the other; give for each what its first process noted, or an error said."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["crew", "lingshu_cell.train"])
-    ports = [_free_port() for _ in jobs]
+    ports = [meeting_port() for _ in jobs]
     members, ends = [], []
     for rank in range(max(job.size for job in jobs)):
         receiver, sender = context.Pipe(duplex=False)
@@ -78,9 +82,8 @@ def do_jobs(jobs: Sequence[Job]) -> dict[str, list[str]]:
     for end in ends:
         for notes in told:
             if not end.poll(max(deadline - time.monotonic(), 0)):
-                for member in members:
-                    member.kill()
-                raise TimeoutError(f"the crew hangs; so far: {told}")
+                stacks = _stacks(members, jobs[0].run.parent)
+                raise TimeoutError(f"the crew hangs; so far: {told}\n{stacks}")
             notes += end.recv()
     for member in members:
         member.join()
@@ -91,14 +94,21 @@ def do_jobs(jobs: Sequence[Job]) -> dict[str, list[str]]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def _stacks(members: Sequence[Any], folder: Path) -> str:
+    """Where each process is, and end them all."""
+    for member in members:
+        if member.is_alive():
+            os.kill(member.pid, signal.SIGUSR1)
+    time.sleep(2)
+    for member in members:
+        member.kill()
+    return "\n".join(f"{path.stem}\n{path.read_text()}" for path in sorted(folder.glob("process-*.stack")))
 
 
 def _member(rank: int, jobs: Sequence[Job], ports: Sequence[int], sender: Any) -> None:
     warnings.filterwarnings("ignore", "Cells without any counts")
+    stack = open(jobs[0].run.parent / f"process-{rank}.stack", "w")  # noqa: SIM115 - open for as long as the process
+    faulthandler.register(signal.SIGUSR1, stack)
     for job, port in zip(jobs, ports, strict=True):
         notes: list[str] = []
         if rank < job.size:

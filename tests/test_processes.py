@@ -5,6 +5,7 @@ network is held, however they end.
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from lingshu_cell.engine.optimiser import clip
 from lingshu_cell.engine.processes import World
 from lingshu_cell.errors import LingshuError
 from lingshu_cell.generate import load_model
+from lingshu_cell.launch import meeting_port
 from lingshu_cell.network.layers import RowDropout
 from lingshu_cell.prepare import prepare
 from lingshu_cell.tokens import MASK_TOKEN
@@ -337,3 +339,17 @@ def test_an_error_of_the_first_is_raised():
     with pytest.raises(LingshuError, match="a rule"):
         World().agreed(lambda: (_ for _ in ()).throw(LingshuError("a rule", "a finding", "a remedy")))
     assert World().agreed(lambda: 3) == 3
+
+
+def test_processes_meet_at_a_free_port_that_no_connection_is_given(monkeypatch):
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    one, other = meeting_port(), meeting_port()
+    assert 10_000 <= one < first_given and one != other
+    monkeypatch.setattr("random.sample", lambda ports, n: [one, other])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", one))
+        assert meeting_port() == other
+        with socket.socket() as another, pytest.raises(LingshuError, match="Processes need a port to meet at"):
+            another.bind(("127.0.0.1", other))
+            meeting_port()
+    assert meeting_port() == one

@@ -5,14 +5,16 @@ Needs neither torch nor a rendezvous: the first process is where the others meet
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from lingshu_cell.errors import LostProcessError
+from lingshu_cell.errors import LingshuError, LostProcessError
 
 LAUNCHED = "LINGSHU_LAUNCHED"
 """Set in the environment of the processes: who started them says what became of them."""
@@ -127,6 +129,33 @@ def launch_apart(arguments: Sequence[str], n_processes: int) -> tuple[int, list[
     )
 
 
+def meeting_port() -> int:
+    """Find a free port of this machine where processes can meet.
+
+    It is none of those that the system gives to connections: a process that asks for the meeting before it is open
+    could be given that very port for its end, and meet itself.
+
+    Returns
+    -------
+    int
+        The port, 10,000 or more; not the same one twice in a row, but by chance.
+    """
+    try:
+        first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        first_given = 32768  # Linux's own; macOS and Windows begin at 49,152
+    ports = range(10_000, first_given if first_given > 11_000 else 32768)
+    for port in random.sample(ports, 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise LingshuError(
+        "Processes need a port to meet at",
+        f"100 tries between {ports[0]} and {ports[-1]} were taken",
+        "Start them with torchrun, which lets you choose one (--master-port)",
+    )
+
+
 def _how(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
@@ -152,9 +181,7 @@ class _Running:
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked = 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = meeting_port()
 
     def start(self, arguments: Sequence[str], n_processes: int) -> None:
         """Start them."""
