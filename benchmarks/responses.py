@@ -124,6 +124,18 @@ SCREENS = {
             ("--from-network", PRIORS / "networks" / "string_interactome_human_symbols.tsv.gz"),
         ),
     ),
+    "vcc-h1": Screen(
+        "vcc_h1_sub",
+        "perturbation",
+        "non-targeting",
+        None,
+        5,
+        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        embeddings=(
+            ("--from-gene-sets", PRIORS / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"),
+            ("--from-network", PRIORS / "networks" / "string_interactome_human_symbols.tsv.gz"),
+        ),
+    ),
     "sergio-pairs": Screen(
         "sergio",
         "perturbation",
