@@ -2,12 +2,15 @@
 
 import os
 import signal
+import sys
 
 # Before torch: the same sums in the same order on every machine, and no pool of threads that a fork would wait for.
 # So whatever the caller says: `make test` exports the number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "1"  # what scanpy does with numba sets the number of torch's threads, for good
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,14 @@ FORKING = ("test_faults.py", "test_prepare.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork come first: a fork of a process in which jax or torch have threads may wait for ever."""
     items.sort(key=lambda item: item.path.name not in FORKING)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A test that leaves torch with more threads makes all that follow several times slower on a busy machine."""
+    yield
+    if torch := sys.modules.get("torch"):
+        assert torch.get_num_threads() == 1, "torch has more than one thread from here on"
 
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -1,6 +1,7 @@
 """A training with a time limit ends in time, with the learning rate of an end, and counts as finished."""
 
 import csv
+import itertools
 
 import pytest
 from conftest import tiny_config
@@ -18,17 +19,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:Cells without any counts")
 
 @pytest.fixture(scope="module")
 def timed_run(pbmc, tmp_path_factory):
-    run, seen = tmp_path_factory.mktemp("timed") / "run", []
-    result = train([pbmc], run, tiny_config(training={**ENDLESS, "max_seconds": LIMIT}), on_progress=seen.append)
+    """A run whose clock moves by a thirtieth of the limit each time it is looked at, so once a step."""
+    run, seen, ticks = tmp_path_factory.mktemp("timed") / "run", [], itertools.count()
+    config = tiny_config(training={**ENDLESS, "max_seconds": LIMIT})
+    result = train([pbmc], run, config, on_progress=seen.append, clock=lambda: next(ticks) * LIMIT / 30)
     return run, result, seen
 
 
 def test_training_ends_when_the_time_is_over(timed_run):
     run, result, seen = timed_run
     assert not result.interrupted and result.validation_nelbo is not None
-    assert 5 < result.step < 1_000_000 and seen[-1].seconds_left == 0
+    assert result.step == 30 and seen[-1].seconds_left == 0
     assert all(progress.seconds_left <= LIMIT for progress in seen)
-    assert load_checkpoint(run).manifest["seconds"] == pytest.approx(LIMIT, abs=1.0) and run_info(run)["finished"]
+    assert load_checkpoint(run).manifest["seconds"] == pytest.approx(LIMIT, abs=0.2) and run_info(run)["finished"]
+
+
+def test_the_clock_is_that_of_the_machine_where_none_is_given(pbmc, tmp_path):
+    result = train([pbmc], tmp_path / "run", tiny_config(training={**ENDLESS, "max_seconds": 0.5}))
+    assert 0 < result.step < 1_000_000 and not result.interrupted
+    assert load_checkpoint(tmp_path / "run").manifest["seconds"] >= 0.5
 
 
 def test_learning_rate_of_the_last_step_is_near_the_final_one(timed_run):

@@ -14,6 +14,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 from lingshu_cell.data.anndata_io import CountMatrix, read_counts
 from lingshu_cell.errors import LingshuError, offenders
@@ -267,12 +268,18 @@ def _pdex() -> Any:
 
 @contextlib.contextmanager
 def _one_voice(threads: int) -> Any:
-    """Keep pdex's progress bars off the terminal, let its warnings through, and give numba its threads back."""
+    """Keep pdex's progress bars off the terminal, let its warnings through, and give numba and OpenMP their threads
+    back.
+    """
     import numba
 
     before = numba.get_num_threads()
     try:
-        with warnings.catch_warnings(record=True) as said, contextlib.redirect_stderr(io.StringIO()):
+        with (
+            threadpool_limits(None, user_api="openmp"),
+            warnings.catch_warnings(record=True) as said,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("always")
             yield
     finally:

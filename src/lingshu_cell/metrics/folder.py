@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from lingshu_cell.data.cell_folder import is_cell_folder, shard_name
 from lingshu_cell.errors import LingshuError
@@ -110,7 +111,8 @@ def refuse_unwritable(out: Path) -> None:
 
 def holding_output(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function hold the folder of its argument ``out``, a path or its name, while it runs: two that write one
-    folder are refused.
+    folder are refused. It leaves OpenMP, so torch, the number of threads it had: numba, under scanpy and pdex, sets it
+    for the whole process.
     """
     parameters = inspect.signature(function)
 
@@ -123,6 +125,7 @@ def holding_output(function: Callable[..., Any]) -> Callable[..., Any]:
             with writable(_RULE, out, "Check the rights, or choose another folder"):
                 rule = "One folder is written by one process at a time"
                 stack.enter_context(locked(out, rule, f"{out} is in use", "Wait, or choose another folder"))
+            stack.enter_context(threadpool_limits(None, user_api="openmp"))
             return function(*given.args, **given.kwargs)
 
     return held
