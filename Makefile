@@ -83,7 +83,7 @@ bench: $(STAMP)
 	@if test -f ../shared/data/kang_ifnb.h5ad; then for screen in kang gbm; do \
 	  $(BENCH)/responses.py $$screen --variants perturbation_mean control_bootstrap additive ridge nearest_neighbour ours || exit 1; done; \
 	  $(BENCH)/responses.py gbm --variants ours-calibrated --set calibrate=true; \
-	  $(BENCH)/responses.py papalexi --variants context_mean control_bootstrap ridge nearest_neighbour ours; \
+	  for screen in papalexi vcc-h1; do $(BENCH)/responses.py $$screen --variants context_mean control_bootstrap ridge nearest_neighbour ours || exit 1; done; \
 	else echo "kang_ifnb is not here: left out"; fi
 	OMP_NUM_THREADS=1 $(BENCH)/simulated_screen.py
 	$(BENCH)/responses.py sergio-pairs --seeds 0 1 2 --variants perturbation_mean control_bootstrap context_mean additive ridge nearest_neighbour ours
