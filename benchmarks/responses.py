@@ -95,6 +95,11 @@ class Screen:
         return "each perturbation in one identity" if self.folds == "scattered" else f"{self.folds} folds of targets"
 
 
+SETTINGS = {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5}
+GENE_EMBEDDINGS = (
+    ("--from-gene-sets", PRIORS / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"),
+    ("--from-network", PRIORS / "networks" / "string_interactome_human_symbols.tsv.gz"),
+)
 SCREENS = {
     "kang": Screen(
         "kang_ifnb",
@@ -102,7 +107,7 @@ SCREENS = {
         "control",
         "cell_type",
         "pairs",
-        {"training.steps": 200, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        {**SETTINGS, "training.steps": 200},
     ),
     "gbm": Screen(
         "gbm_panobinostat_300g",
@@ -110,7 +115,7 @@ SCREENS = {
         "ctrl",
         "donor",
         "pairs",
-        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        SETTINGS,
     ),
     "papalexi": Screen(
         "papalexi_eccite_299g",
@@ -118,11 +123,8 @@ SCREENS = {
         "control",
         None,
         5,
-        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
-        embeddings=(
-            ("--from-gene-sets", PRIORS / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"),
-            ("--from-network", PRIORS / "networks" / "string_interactome_human_symbols.tsv.gz"),
-        ),
+        SETTINGS,
+        embeddings=GENE_EMBEDDINGS,
     ),
     "vcc-h1": Screen(
         "vcc_h1_sub",
@@ -130,11 +132,8 @@ SCREENS = {
         "non-targeting",
         None,
         5,
-        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
-        embeddings=(
-            ("--from-gene-sets", PRIORS / "genesets" / "msigdb_c2.reactome.v2025.1.Hs.symbols.gmt.gz"),
-            ("--from-network", PRIORS / "networks" / "string_interactome_human_symbols.tsv.gz"),
-        ),
+        SETTINGS,
+        embeddings=GENE_EMBEDDINGS,
     ),
     "sergio-pairs": Screen(
         "sergio",
@@ -142,7 +141,7 @@ SCREENS = {
         "control",
         "line",
         "scattered",
-        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        SETTINGS,
         simulated=True,
     ),
     "sergio-targets": Screen(
@@ -151,7 +150,7 @@ SCREENS = {
         "control",
         "line",
         4,
-        {"training.steps": 400, "training.balance": 0.5, "training.depth_dropout": 0.5},
+        SETTINGS,
         embeddings=(("--from-network", SIMULATED / "sergio-network.tsv"),),
         simulated=True,
     ),
