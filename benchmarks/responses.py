@@ -18,7 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -627,7 +627,7 @@ def main() -> None:
             parser.error("scVI foretells a perturbation from other identities; this screen has one")
     if screen.embeddings:
         make_embeddings(screen)
-        screen.settings["data.embeddings"] = [str(embedding_file(screen))]
+        screen = replace(screen, settings={**screen.settings, "data.embeddings": [str(embedding_file(screen))]})
     extra = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
     calibrate = bool(extra.pop("calibrate", False))
     if calibrate and screen.folds == "scattered":
