@@ -23,9 +23,8 @@ from conftest import real_cells, tiny_config
 
 from lingshu_cell.launch import meeting_port
 
-PATIENCE_SECONDS = (
-    300  # a hang, not a busy machine (all jobs take 40 s); less than a test may take, so that this ends it
-)
+PATIENCE_SECONDS = 300
+"""A hang, not a busy machine: all jobs take 40 s. Less than a test may take, so that this ends it."""
 
 
 @dataclass(frozen=True)
