@@ -1,7 +1,6 @@
 """The examples for clusters are what they say: read as they would be there, and run as two nodes on one machine."""
 
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lingshu_cell.checkpoint import load_checkpoint
+from lingshu_cell.launch import meeting_port
 
 yaml = pytest.importorskip("yaml")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -17,12 +17,6 @@ SETTINGS = (
     "--set network.gene_width=8 --set network.width=16 --set network.n_blocks=1 --set network.feedforward_width=32 "
     "--set training.minibatch_size=32 --set training.device=cpu --set training.checkpoint_every=10"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:
@@ -71,7 +65,7 @@ def run_slurm(tmp_path: Path, run: Path, steps: int) -> None:
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": "1"}
     command = ["bash", EXAMPLES / "slurm" / "train.sbatch", tmp_path / "cells.h5ad", run, *SETTINGS.split()]
     command += ["--set", f"training.steps={steps}"]
-    port = {"LINGSHU_PORT": str(free_port()), "LINGSHU_PROCESSES": "1"}
+    port = {"LINGSHU_PORT": str(meeting_port()), "LINGSHU_PROCESSES": "1"}
     done = subprocess.run(
         command, env=environment(tmp_path, **slurm, **port), capture_output=True, text=True, timeout=200
     )
@@ -93,7 +87,7 @@ def test_pods_train_together(pbmc, tmp_path):
     _, job = kubernetes()
     (container,) = job["spec"]["template"]["spec"]["containers"]
     told = {one["name"]: one["value"] for one in container["env"]}
-    told |= {"NPROC": "1", "MEET": f"localhost:{free_port()}", "DATA": str(tmp_path / "cells.h5ad")}
+    told |= {"NPROC": "1", "MEET": f"localhost:{meeting_port()}", "DATA": str(tmp_path / "cells.h5ad")}
     told |= {"RUN": str(tmp_path / "run"), "SETTINGS": f"{SETTINGS} --set training.steps=20 {told['SETTINGS']}"}
     command = [*container["command"], *container["args"]]
     pods = [

@@ -103,7 +103,7 @@ def differential_tables(
     obs = pd.DataFrame({"group": codes.astype(str)}, index=np.arange(len(codes)).astype(str))
     var = pd.DataFrame(index=np.arange(counts.shape[1]).astype(str))
     options = {"mode": "ref", "reference": str(reference), "is_log1p": False, "geometric_mean": False}
-    with _one_voice(threads):
+    with _one_voice():
         found = pdex(ad.AnnData(normalised, obs, var), "group", threads=threads, epsilon=pseudocount, **options)
     seen = {code: _fraction_detected(counts[codes == code]) for code in range(len(names))}
     tables = {}
@@ -267,7 +267,7 @@ def _pdex() -> Any:
 
 
 @contextlib.contextmanager
-def _one_voice(threads: int) -> Any:
+def _one_voice() -> Any:
     """Keep pdex's progress bars off the terminal, let its warnings through, and give numba and OpenMP their threads
     back.
     """
